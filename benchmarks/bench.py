@@ -1,0 +1,131 @@
+"""Measure methods on real networks: one process and one result file for every (network, method, setting, seed).
+
+``python benchmarks/bench.py GRID.json [--again]`` runs the grid, skipping results that are there already. The images only
+measure: they are opened after quantization. Data and weights are looked for in ``../shared/data`` or ``$DATAFREE_DATA``.
+
+A grid is ``{"networks": [...], "methods": {label: {"method": ..., "fields": {...}}}, "settings": {label: {...}}, "seeds": [...],
+"skip": [[method label, setting label], ...]}``; a setting holds the arguments of ``Target``.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+
+
+@dataclass(frozen=True)
+class Network:
+    """Where a network, its weights and its labelled data lie."""
+
+    source: str
+    weights: str
+    data: str
+
+
+NETWORKS = {
+    "resnet20": Network("cifar_resnet.py:resnet20", "cifar10_resnet20.safetensors", "cifar10.npz"),
+    "resnet56": Network("cifar_resnet.py:resnet56", "cifar10_resnet56.safetensors", "cifar10.npz"),
+    "mobilenetv1_025": Network("mobilenet_v1.py:mobilenet_v1_025", "imagenet_mobilenetv1_025.safetensors", "imagenet_val_500.zip"),
+}
+
+
+def data_root() -> Path:
+    return Path(os.environ.get("DATAFREE_DATA", HERE.parent.parent / "shared" / "data"))
+
+
+def peak_since(reset: bool) -> int:
+    """Peak resident bytes of this process since the last reset (Linux)."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS" if reset else "VmHWM"))) * 1024
+
+
+def measure(job: dict[str, object]) -> dict[str, object]:
+    """Quantize, then measure; everything that is needed to repeat it stands in the result."""
+    import torch
+
+    import datafree
+    from datafree.measure.accuracy import compare
+    from datafree.measure.data import open_data
+    from datafree.networks import load_network
+
+    torch.set_num_threads(1)
+    place = NETWORKS[str(job["network"])]
+    network = load_network(f"{HERE / 'zoo' / place.source}", data_root() / "weights" / place.weights)
+    setting = dict(job["setting_fields"])
+    if isinstance(setting.get("weight_bits"), list):
+        setting["weight_bits"] = tuple(setting["weight_bits"])
+    method = datafree.methods()[str(job["method"])](**job["fields"])
+    before = peak_since(reset=True)
+    result = datafree.quantize(network.model, network.task, method=method, target=datafree.Target(**setting), seed=int(job["seed"]))
+    peak = peak_since(reset=False) - before
+    found = compare(network.model, result.student, network.task, open_data(data_root() / place.data, network.task))
+    return {
+        **{key: job[key] for key in ("network", "label", "setting", "seed", "commit")},
+        "run": {**result.run, "peak_memory_bytes": peak},
+        "total": found.paired.total,
+        "float_top1": found.teacher.top1,
+        "top1": found.student.top1,
+        "paired": asdict(found.paired),
+    }
+
+
+def commit() -> str:
+    """The commit the working tree stands at, marked where the package differs from it."""
+    head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
+    dirty = subprocess.run(["git", "status", "--porcelain", "datafree"], capture_output=True, text=True, cwd=HERE.parent).stdout.strip()
+    return head + ("+changes" if dirty else "")
+
+
+def jobs(grid: dict[str, object]) -> list[dict[str, object]]:
+    skip = {tuple(each) for each in grid.get("skip", ())}
+    only = [
+        {"network": network, "label": label, "setting": setting, "seed": seed, "setting_fields": fields, "fields": {}, **method}
+        for network in grid["networks"]
+        for setting, fields in grid["settings"].items()
+        for label, method in grid["methods"].items()
+        for seed in (grid["seeds"] if method.get("random") else [0])
+        if (label, setting) not in skip
+    ]
+    return only
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("grid", type=Path, nargs="+", help="grid files, or one job as JSON with --one")
+    parser.add_argument("--again", action="store_true", help="measure again what is there already")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure(json.loads(str(options.grid[0])))))
+        return
+    RESULTS.mkdir(exist_ok=True)
+    todo = [job for grid in options.grid for job in jobs(json.loads(grid.read_text()))]
+    failed = 0
+    for number, job in enumerate(todo, 1):
+        name = f"{job['network']}-{job['label']}-{job['setting']}-s{job['seed']}.json"
+        if (RESULTS / name).exists() and not options.again:
+            continue
+        done = subprocess.run([sys.executable, __file__, "--one", json.dumps({**job, "commit": commit()})], capture_output=True, text=True)
+        if done.returncode:
+            failed += 1
+            print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+            continue
+        result = json.loads(done.stdout.splitlines()[-1])
+        (RESULTS / name).write_text(json.dumps(result, indent=1) + "\n")
+        print(
+            f"[{number}/{len(todo)}] {name}: {result['float_top1']:.2f} -> {result['top1']:.2f} in {result['run']['seconds']:.1f} s",
+            flush=True,
+        )
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

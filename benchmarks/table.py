@@ -1,0 +1,95 @@
+"""Write the tables of docs/results.md, and the short one of the README, from benchmarks/results: no figure is typed.
+
+``python benchmarks/table.py``
+"""
+
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+PAGE = HERE.parent / "docs" / "results.md"
+README = HERE.parent / "README.md"
+BEGIN, END = "<!-- results: written by benchmarks/table.py -->", "<!-- end of results -->"
+HEAD = """\
+<!-- Written by benchmarks/table.py from benchmarks/results: measure again instead of editing. -->
+
+# Results
+
+Top-1 in percent on the whole set, after quantization without data (the images only measured; CIFAR-10 test, 10000; 500
+ImageNet validation images for MobileNet). In brackets the drop from full precision with its 95 % half-width (paired), then seconds
+for the quantization and its peak memory beyond the loaded network. More than one seed: mean and range. The commit, versions, hash of
+the weights, seed and all fields stand in each result file. A setting whose name ends in `shortcuts` keeps residual sums in float:
+activations are quantized only where layers take them in (`Target.float_shortcuts`).
+"""
+
+
+def results() -> list[dict[str, object]]:
+    """All accuracy results, each with its file name."""
+    read = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))]
+    return [each for each in read if "top1" in each]
+
+
+def cell(found: list[dict[str, object]]) -> str:
+    """One method at one setting: all its seeds."""
+    tops = [each["top1"] for each in found]
+    mean = statistics.mean(tops)
+    drop = found[0]["float_top1"] - mean
+    paired = found[0]["paired"]
+    lost, won, n = paired["only_teacher"], paired["only_student"], found[0]["total"]
+    half = 196 * ((lost + won - (lost - won) ** 2 / n) ** 0.5) / n
+    spread = f" [{min(tops):.2f}, {max(tops):.2f}]" if len(tops) > 1 else ""
+    seconds = statistics.median(each["run"]["seconds"] for each in found)
+    peak = max(each["run"]["peak_memory_bytes"] for each in found) / 1e6
+    return f"{mean:.2f}{spread} (-{drop:.2f} ± {half:.2f}) {seconds:.1f} s, {peak:.0f} MB".replace("(--", "(+")
+
+
+def size(found: list[dict[str, object]]) -> str:
+    sizes = {each["run"]["packed_bytes"] for each in found}
+    return f"{min(sizes) / 1000:.0f}" + (f" to {max(sizes) / 1000:.0f}" if len(sizes) > 1 else "")
+
+
+def tables() -> str:
+    grouped: dict[str, dict[str, dict[str, list[dict[str, object]]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for each in results():
+        grouped[each["network"]][each["setting"]][each["label"]].append(each)
+    parts = []
+    for network, settings in grouped.items():
+        labels = sorted({label for by_label in settings.values() for label in by_label})
+        first = next(iter(next(iter(settings.values())).values()))[0]
+        parts.append(f"## {network}\n\nFull precision: {first['float_top1']:.2f} on {first['total']} images.\n")
+        lines = ["| setting | packed kB | " + " | ".join(labels) + " |", "|" + " --- |" * (len(labels) + 2)]
+        for setting, by_label in settings.items():
+            every = [each for found in by_label.values() for each in found]
+            lines.append(
+                f"| {setting} | {size(every)} | " + " | ".join(cell(by_label[label]) if by_label[label] else "" for label in labels) + " |"
+            )
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def short() -> str:
+    """The README's table: every method at the settings that all of them have on both CIFAR networks."""
+    wanted = ("2-6-dfmpc", "w4-paper", "w4a4-paper", "w3a3-paper")
+    rows = ["| network | setting | " + " | ".join(("full precision", "rtn", "dfmpc", "squant", "dfq", "anchor")) + " |", "|" + " --- |" * 8]
+    found = {(each["network"], each["setting"], each["label"]): each for each in results() if each["run"]["seed"] == 0}
+    for network in sorted({each[0] for each in found}):
+        for setting in wanted:
+            row = [found.get((network, setting, label)) for label in ("rtn", "dfmpc", "squant", "dfq", "anchor")]
+            if any(row):
+                whole = next(each for each in row if each)["float_top1"]
+                tops = " | ".join(f"{each['top1']:.2f}" if each else "" for each in row)
+                rows.append(f"| {network} | {setting} | {whole:.2f} | {tops} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    PAGE.write_text(HEAD + "\n" + tables())
+    text = README.read_text()
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    README.write_text(f"{before}{BEGIN}\n{short()}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""ResNets of ImageNet's shape with bottlenecks, random weights and set batch-norm statistics: for time and memory only."""
+
+import torch
+from torch import Tensor, nn
+
+from datafree.task import Task
+
+TASK = Task(shape=(3, 224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), classes=1000, resize=256)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 around a shortcut (arXiv 1512.03385)."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample: nn.Module = nn.Identity()
+        if stride != 1 or inputs != 4 * width:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        return self.relu(self.bn3(self.conv3(out)) + self.downsample(x))
+
+
+class ResNet(nn.Module):
+    """Stem, four stages of bottlenecks, pooling, classifier."""
+
+    def __init__(self, depths: tuple[int, ...]) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
+        self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
+        blocks: list[nn.Module] = []
+        inputs = 64
+        for stage, depth in enumerate(depths):
+            for place in range(depth):
+                blocks.append(Bottleneck(inputs, 64 << stage, 2 if stage and not place else 1))
+                inputs = 256 << stage
+        self.layers = nn.Sequential(*blocks)
+        self.avgpool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(inputs, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers(self.maxpool(self.relu(self.bn1(self.conv1(x)))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+def _made(depths: tuple[int, ...]) -> tuple[nn.Module, Task]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = ResNet(depths)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, 0.0, 0.3)
+                module.running_mean.normal_(0, 0.2)
+                module.running_var.uniform_(0.5, 1.5)
+    return model.eval(), TASK
+
+
+def resnet50() -> tuple[nn.Module, Task]:
+    """25.6 million parameters."""
+    return _made((3, 4, 6, 3))
+
+
+def resnet101() -> tuple[nn.Module, Task]:
+    """44.5 million parameters."""
+    return _made((3, 4, 23, 3))
+
+
+def resnet152() -> tuple[nn.Module, Task]:
+    """60.2 million parameters."""
+    return _made((3, 8, 36, 3))

@@ -1,0 +1,28 @@
+"""Quantize a trained neural network without any data."""
+
+import datafree.methods  # noqa: F401 - loaded first, so that the name `methods` stays the function
+from datafree.api import Result, load, quantize
+from datafree.context import Ctx, Event
+from datafree.errors import DatafreeError
+from datafree.measure.accuracy import Accuracy, evaluate
+from datafree.method import Method, methods
+from datafree.plan import LayerPlan, Plan, QSpec, Target
+from datafree.task import Task
+
+__all__ = [
+    "Accuracy",
+    "Ctx",
+    "DatafreeError",
+    "Event",
+    "LayerPlan",
+    "Method",
+    "Plan",
+    "QSpec",
+    "Result",
+    "Target",
+    "Task",
+    "evaluate",
+    "load",
+    "methods",
+    "quantize",
+]

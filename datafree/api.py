@@ -1,0 +1,211 @@
+"""The whole way: a network and its task in, a student with its plan and provenance out; saved, loaded, measured."""
+
+import json
+import math
+import platform
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from datafree.bits.cost import float_bytes, packed_bytes
+from datafree.context import Ctx, Event
+from datafree.errors import MethodError, NetworkError, OutputError, TargetError, WeightsError
+from datafree.export.float_weights import weights_hash
+from datafree.export.weights import load_student, save_student
+from datafree.graph.swap import frozen_copy
+from datafree.measure.fidelity import fidelity
+from datafree.method import Method, find_method
+from datafree.networks import check_network
+from datafree.plan import Plan, Target
+from datafree.quant.insert import plan_of, quantizers
+from datafree.task import Task
+
+__all__ = ["Result", "check_free", "load", "quantize", "strict_json"]
+
+STUDENT_FILE, PLAN_FILE, RUN_FILE = "student.safetensors", "plan.json", "run.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What :func:`quantize` gives.
+
+    Args:
+        student: the quantized network, an ordinary module in eval mode.
+        plan: bits and grids, as read from the student.
+        run: the provenance, for :func:`strict_json`: versions, hash of the weights, seed, method and its fields, target and protocol,
+            seconds, peak memory of the process, packed bytes, fidelity on noise, notes.
+    """
+
+    student: nn.Module
+    plan: Plan
+    run: dict[str, object]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write student.safetensors, plan.json and run.json into a new ``folder``; nothing half-written stays.
+
+        Raises OutputError where the folder exists already or cannot be written.
+        """
+        target = check_free(folder)
+        made: Path | None = None
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+            made.chmod(0o755)
+            save_student(self.student, made / STUDENT_FILE)
+            for name, value in ((PLAN_FILE, self.plan.to_json()), (RUN_FILE, self.run)):
+                (made / name).write_text(strict_json(value) + "\n", encoding="utf-8")
+            if target.exists():
+                target.rmdir()  # an empty folder is as good as none
+            made.rename(target)
+        except OSError as error:
+            raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
+        finally:
+            if made is not None:
+                shutil.rmtree(made, ignore_errors=True)
+        return target
+
+
+def strict_json(value: object) -> str:
+    """``value`` as JSON that every reader takes: a number that is not finite becomes null, a path its text."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False)
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    if isinstance(value, Path):
+        return str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def check_free(folder: str | Path) -> Path:
+    """``folder`` as a path. Raises OutputError if it exists and is not an empty folder, or cannot be looked into."""
+    path = Path(folder)
+    try:
+        free = not path.exists() or path.is_dir() and not any(path.iterdir())
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    if not free:
+        kind = "folder that is not empty" if path.is_dir() else "file"
+        raise OutputError(f"{path} is there already, a {kind}: choose another folder or remove it")
+    return path
+
+
+def quantize(
+    model: nn.Module,
+    task: Task,
+    *,
+    method: str | Method = "dfmpc",
+    target: Target | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    on_event: Callable[[Event], None] | None = None,
+) -> Result:
+    """Quantize ``model`` without data. The model is not changed; the same seed gives the same student.
+
+    Args:
+        model: a trained network that takes one tensor.
+        task: the shape and range of its inputs.
+        method: a name of ``datafree.methods()``, or a method with fields of your own choice.
+        target: bits, protocol and exceptions; ``Target()`` unless given.
+        seed: of every random draw.
+        device: where to work, the CPU unless told otherwise; the student stays there.
+        on_event: called with every :class:`Event` of progress.
+
+    Raises:
+        DatafreeError: see ``datafree.errors``; the message says what to do.
+    """
+    target = Target() if target is None else target
+    chosen = find_method(method)() if isinstance(method, str) else method
+    if not isinstance(chosen, Method):
+        raise MethodError(f"method must be a name or a Method, not {chosen!r}; datafree.methods() lists them")
+    chosen.check()
+    if not isinstance(model, nn.Module):
+        raise NetworkError(f"the network must be a torch.nn.Module, not a {type(model).__name__}: see datafree.networks.load_network")
+    check_network(model, task)
+    notes: list[str] = []
+    ctx = Ctx.create(seed, device, _noting(notes, on_event))
+    teacher = frozen_copy(model, ctx.device)
+    hashed = weights_hash(model)
+    start = time.perf_counter()
+    student = chosen.run(teacher, task, target, ctx).eval()
+    seconds = time.perf_counter() - start
+    plan = plan_of(student)
+    _check_contract(teacher, student, task, target)
+    run: dict[str, object] = {
+        "versions": {"datafree": version("datafree"), "torch": torch.__version__, "python": platform.python_version()},
+        "weights_hash": hashed,
+        "seed": seed,
+        "device": str(ctx.device),
+        "method": chosen.name,
+        "fields": asdict(chosen),  # type: ignore[call-overload]
+        "target": asdict(target),
+        "protocol": target.protocol,
+        "data": "none",
+        "seconds": seconds,
+        "peak_memory_bytes": _peak_memory(ctx.device),
+        "float_bytes": float_bytes(model),
+        "packed_bytes": packed_bytes(student),
+        "fidelity": asdict(fidelity(teacher, student, task, torch.Generator(ctx.device).manual_seed(seed), n=_inputs(task))),
+        "notes": notes,
+    }
+    return Result(student, plan, run)
+
+
+def load(folder: str | Path, model: nn.Module) -> nn.Module:
+    """The student saved in ``folder``, built on ``model``, a float network of the same architecture, which stays unchanged.
+
+    Raises WeightsError where the folder holds no student or one that does not fit.
+    """
+    path = Path(folder)
+    if not (path / STUDENT_FILE).is_file():
+        raise WeightsError(f"{path} holds no {STUDENT_FILE}: expected a folder that datafree wrote")
+    return load_student(path / STUDENT_FILE, model)
+
+
+def _noting(notes: list[str], on_event: Callable[[Event], None] | None) -> Callable[[Event], None]:
+    def listen(event: Event) -> None:
+        if event.name == "note":
+            notes.append(event.message)
+        if on_event is not None:
+            on_event(event)
+
+    return listen
+
+
+def _check_contract(teacher: nn.Module, student: nn.Module, task: Task, target: Target) -> None:
+    """What every method owes: ranges set, finite answers of the old shape, the asked-for bits and size."""
+    unset = [point for point, quantizer in quantizers(student).items() if not quantizer.ready]
+    if unset:
+        raise MethodError(f"the method left the ranges of {', '.join(unset[:5])} unset")
+    inputs = task.noise(2, torch.Generator(next(student.parameters()).device).manual_seed(0))
+    with torch.no_grad():
+        before, after = task.run(teacher, inputs), task.run(student, inputs)
+    if before.shape != after.shape:
+        raise NetworkError(f"the student answers in shape {tuple(after.shape)}, the network in {tuple(before.shape)}")
+    if not torch.isfinite(after).all():
+        raise NetworkError("the student answers noise with NaN or infinity: the network's statistics may be damaged; try method 'rtn'")
+    if target.max_bytes is not None and (size := packed_bytes(student)) > target.max_bytes:
+        raise TargetError(f"the student takes {size} bytes, more than max_bytes = {target.max_bytes}: choose fewer bits")
+
+
+def _inputs(task: Task) -> int:
+    """How many inputs of noise are enough to tell the fidelity, yet quick: 16 pictures of 224 px, 256 of 32 px."""
+    return max(16, min(256, 2**20 // math.prod(task.shape)))
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

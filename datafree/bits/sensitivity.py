@@ -1,0 +1,77 @@
+"""What a layer loses at each bit width, from its weights and the moments of its inputs: no forward pass, no data.
+
+    D_l(b) = sum_j E_j(W - Q_b(W)) gamma_j^2 / sigma_j^2  /  sum_j gamma_j^2
+
+is the noise-to-signal ratio behind the layer's batch norm, E_j being the energy that an error of the weight puts into
+output j, ``dw_j^T Hv dw_j`` from batch-norm statistics or the same with a measured Gram matrix. Biases take care of the
+mean, so only the variance part counts. Layers without a norm are measured against the energy of their own output.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from datafree.closed.moments import RHO, Moments, variance_form
+from datafree.graph.flow import Flow, Layer
+from datafree.graph.fold import by_outputs, norm_vectors
+from datafree.plan import QSpec
+from datafree.quant.grid import fake_quantize
+from datafree.quant.ranges import TINY, mse
+
+Energy = Callable[[str, Tensor], Tensor]
+
+
+def per_output(layer: Layer, bits: int) -> QSpec:
+    """A symmetric grid with a scale for each output channel."""
+    return QSpec(bits, axis=layer.out_axis)
+
+
+def moments_energy(flow: Flow, inputs: Mapping[str, Moments], rho: float = RHO) -> Energy:
+    """Energy of each output, (out,), of a weight of the layer called so and in that layer's shape: w_j^T Hv w_j.
+
+    inputs: of every layer, as ``closed.propagate.layer_inputs`` gives them; where nothing is known all channels count alike.
+    """
+
+    def energy(name: str, weight: Tensor) -> Tensor:
+        rows = by_outputs(weight, flow.layers[name])
+        return variance_form(rows, rows, inputs[name].var, rho)
+
+    return energy
+
+
+@torch.no_grad()
+def distortions(
+    flow: Flow,
+    teacher: nn.Module,
+    inputs: Mapping[str, Moments],
+    widths: Sequence[int],
+    energy: Energy | None = None,
+    weight_spec: Callable[[Layer, int], QSpec] = per_output,
+) -> dict[str, dict[int, float]]:
+    """D_l(b) of every layer and width: nearest rounding, scales of least squared error.
+
+    Args:
+        flow: of ``teacher``.
+        teacher: the float network.
+        inputs: moments of the layers' inputs.
+        widths: bits to try.
+        energy: what an error of a weight costs at each output, if not :func:`moments_energy`.
+        weight_spec: the grid of a layer at so many bits.
+    """
+    energy = moments_energy(flow, inputs) if energy is None else energy
+    found: dict[str, dict[int, float]] = {}
+    for name, layer in flow.layers.items():
+        weight = teacher.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        if layer.norm is None:
+            gain, signal = torch.ones(()), energy(name, weight).sum()
+        else:
+            norm = norm_vectors(teacher.get_submodule(layer.norm))
+            gain, signal = (norm.gamma / norm.sigma).square(), norm.gamma.square().sum()
+        found[name] = {}
+        for bits in widths:
+            spec = weight_spec(layer, bits)
+            error = weight - fake_quantize(weight, *mse(weight, spec), spec)
+            found[name][bits] = float((energy(name, error) * gain.to(weight)).sum() / signal.clamp(min=TINY))
+    return found

@@ -1,0 +1,352 @@
+"""The command ``datafree``: one function for each command, flags derived from frozen dataclasses."""
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, CycloptsError, Group, Parameter, Token
+from cyclopts.help import ColumnSpec, DefaultFormatter, DescriptionRenderer, HelpEntry
+from cyclopts.validators import Number
+from rich.console import Console, RenderableType
+from rich.console import Group as Stack
+from rich.padding import Padding
+
+from datafree import show
+from datafree.api import Result, check_free, load, quantize
+from datafree.context import Ctx
+from datafree.errors import DataError, DatafreeError, MethodError
+from datafree.graph.flow import read
+from datafree.graph.swap import frozen_copy
+from datafree.measure.accuracy import Comparison, compare, evaluate
+from datafree.measure.data import Data, open_data
+from datafree.method import Method, find_method, methods, option
+from datafree.networks import FORMS, Network, check_network, load_network, task_with
+from datafree.plan import Protocol, Target
+from datafree.task import Task
+
+DEFAULT_METHOD = "dfmpc"
+DEMO_RUNS = (("dfmpc", (2, 6)), ("dfmpc", (4,)), ("rtn", (4,)))
+EMBEDDED = "digits"  # the network of the package, and the name of its held-out digits as data
+STACKED_BELOW = 72  # columns, below which help stands under its flag, so that no flag is broken in two
+
+
+def _split(kind: type[int] | type[float] | type[str]) -> Parameter:
+    """A flag whose value is a list with commas."""
+
+    def convert(hint: object, tokens: Sequence[Token]) -> tuple[object, ...]:
+        parts = [part.strip() for part in tokens[0].value.split(",")]
+        if not all(parts):
+            raise ValueError(f"{tokens[0].value!r} has an empty part: separate values with single commas")
+        try:
+            return tuple(kind(part) for part in parts)
+        except ValueError as error:
+            raise ValueError(f"{tokens[0].value!r} is no list of {kind.__name__}s with commas") from error
+
+    def told(value: tuple[object, ...] | None) -> str | None:
+        return ",".join(map(str, value)) if value else None
+
+    return Parameter(converter=convert, n_tokens=1, allow_leading_hyphen=True, show_default=told, metavar=f"{kind.__name__.upper()},...")
+
+
+def _act_bits(hint: object, tokens: Sequence[Token]) -> int | None:
+    text = tokens[0].value
+    if text == "float":
+        return None
+    if not text.isdecimal():
+        raise ValueError(f"{text!r} is neither a number of bits nor float")
+    return int(text)
+
+
+Ints = Annotated[tuple[int, ...], _split(int)]
+Floats = Annotated[tuple[float, ...], _split(float)]
+Names = Annotated[tuple[str, ...], _split(str)]
+ActBits = Annotated[int | None, Parameter(converter=_act_bits, show_default=lambda value: value or "float", metavar="float|INT")]
+Net = Annotated[str, Parameter(help=f"The network: {FORMS}.")]
+Json = Annotated[bool, Parameter(help="print JSON instead of a table", negative=())]
+
+_TARGET = Target()
+
+
+@dataclass(frozen=True)
+class NetworkFlags:
+    """Where the weights are, and what to put in place of the network's own task."""
+
+    weights: Path | None = option(None, "a file of weights: .safetensors, .pt or .pth")
+    input_shape: Ints | None = option(None, "shape of one input, such as 3,32,32")
+    mean: Floats | None = option(None, "per channel, subtracted from pixels in [0, 1]")
+    std: Floats | None = option(None, "per channel, divides what is left")
+    classes: int | None = option(None, "how many classes there are")
+    resize: int | None = option(None, "short side of pictures before the centre is cropped")
+    device: str = option("cpu", "where to work: cpu, cuda, ...")
+
+
+@dataclass(frozen=True)
+class QuantizeFlags:
+    """What is asked for, and where it goes."""
+
+    weight_bits: Ints = option(_TARGET.widths, "one width, or low,high for the pairing of DF-MPC")
+    act_bits: ActBits = option(_TARGET.act_bits, "bits of the activations")
+    protocol: Protocol = option(_TARGET.protocol, "what is quantized: see the README")
+    max_bytes: int | None = option(None, "what the packed weights may take")
+    keep: Names = option((), "layers that stay in float")
+    float_shortcuts: bool = option(False, "quantize activations only where layers take them in, not in residual sums")
+    seed: Annotated[int, Parameter(validator=Number(gte=0, lt=2**63))] = option(0, "of every random draw")
+    data: str | None = option(None, "labelled data, for measuring only, once all is done; the word digits: those held out")
+    out: Path | None = option(None, "a new folder; runs/NET-METHOD-... unless given")
+    json: Json = option(False, "print JSON instead of a table")
+
+
+_NETWORK, _QUANTIZE = NetworkFlags(), QuantizeFlags()
+_NetworkFlags = Annotated[NetworkFlags, Parameter(name="*", group=Group("Network", sort_key=2))]
+_QuantizeFlags = Annotated[QuantizeFlags, Parameter(name="*")]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns 0, 2 after an error that is the user's to mend, or 130 if interrupted."""
+    given = sys.argv[1:] if argv is None else argv
+    try:
+        _app(given)(given)
+    except CycloptsError as error:
+        error.verbose = False
+        return _fail(f"{error} (see datafree {' '.join((*(error.command_chain or ()), '--help'))})")
+    except DatafreeError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    return 0
+
+
+def _stacked(entry: HelpEntry) -> RenderableType:
+    return Stack(" ".join(entry.display_labels_with_metavar), Padding(DescriptionRenderer()(entry), (0, 0, 0, 4)))
+
+
+def _fail(message: str, code: int = 2) -> int:
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _app(argv: Sequence[str]) -> App:
+    stacked = (ColumnSpec(renderer=_stacked),)
+    app = App(
+        name="datafree",
+        help="Quantize a trained network without any data.",
+        version=version("datafree"),
+        help_formatter=DefaultFormatter(column_specs=stacked if _stdout().width < STACKED_BELOW else None),
+        default_parameter=Parameter(negative_iterable=(), negative_none=()),
+        result_action="return_none",
+        exit_on_error=False,
+        print_error=False,
+        suppress_keyboard_interrupt=False,
+    )
+    app.command(_demo, name="demo")
+    app.command(_methods, name="methods")
+    app.command(_inspect, name="inspect")
+    app.command(_quantize_command(_method_in(argv)), name="quantize")
+    app.command(_evaluate, name="evaluate")
+    return app
+
+
+def _method_in(argv: Sequence[str]) -> type[Method]:
+    """The method that the command line names: the other flags depend on it."""
+    name = DEFAULT_METHOD
+    for index, token in enumerate(argv):
+        if token.startswith("--method="):
+            name = token.partition("=")[2]
+        elif token == "--method" and index + 1 < len(argv):
+            name = argv[index + 1]
+    return find_method(name)
+
+
+def _quantize_command(chosen: type[Method]) -> Callable[..., None]:
+    """The command for one method: the dataclass is the type of the last parameter, so its fields become flags."""
+    default = chosen()
+    taken = {each.name for flags in (QuantizeFlags, NetworkFlags) for each in fields(flags)} | {"method"}
+    for each in fields(chosen):  # type: ignore[arg-type]
+        if each.name in taken:
+            raise MethodError(f"{chosen.name}: the field {each.name} is called like a flag that every method has: rename it")
+
+    def command(
+        net: Net,
+        /,
+        *,
+        method: str = DEFAULT_METHOD,
+        flags: _QuantizeFlags = _QUANTIZE,
+        network: _NetworkFlags = _NETWORK,
+        own: Method = default,
+    ) -> None:
+        _quantize(net, flags, network, own)
+
+    others = ", ".join(methods())
+    command.__doc__ = (
+        f"Quantize a network and save what came of it.\n\nThe flags under 'Method' are those of {chosen.name}; "
+        f"'--method NAME --help' shows those of another method: {others}."
+    )
+    command.__annotations__ |= {
+        "method": Annotated[str, Parameter(help=f"how to quantize: {others}", metavar="NAME")],
+        "own": Annotated[chosen, Parameter(name="*", group=Group(f"Method {chosen.name}", sort_key=1))],
+    }
+    return command
+
+
+# ---------------------------------------------------------------- the commands
+
+
+def _demo(*, out: Annotated[Path | None, Parameter(help="a new folder; datafree-demo unless given")] = None) -> None:
+    """Quantize the embedded network in three ways and measure each on held-out digits."""
+    folder = _fresh(Path("datafree-demo")) if out is None else check_free(out)
+    network = _network(EMBEDDED, _NETWORK)
+    console = _stdout()
+    found: list[tuple[Result, Comparison]] = []
+    with show.progress(_stderr()) as listen:
+        for method, bits in DEMO_RUNS:
+            result = quantize(network.model, network.task, method=method, target=Target(weight_bits=bits), on_event=listen)
+            data, name = _data(EMBEDDED, EMBEDDED, network.task)
+            comparison = compare(network.model, result.student, network.task, data, listen)
+            result = _measured(result, network.name, name, comparison)
+            result.save(folder / f"{method}-w{'-'.join(map(str, bits))}")
+            found.append((result, comparison))
+    console.print(f"A network for handwritten digits ({found[0][1].paired.total} held out), quantized without data:\n")
+    show.show_demo(console, found)
+    console.print("The held-out digits served only to measure: no method saw them.")
+    console.print(f"files: {folder}", soft_wrap=True)
+
+
+def _methods(
+    name: Annotated[str | None, Parameter(help="one method, to be told in full")] = None,
+    /,
+    *,
+    verbose: Annotated[bool, Parameter(help="tell all methods in full", negative=())] = False,
+    json: Json = False,
+) -> None:
+    """List the methods, or tell one in full."""
+    table = methods() if name is None else {name: find_method(name)}
+    console = _stdout()
+    if json:
+        show.show_json(console, [show.method_report(*each) for each in table.items()])
+    elif verbose or name is not None:
+        for each in table.items():
+            show.show_method(console, *each)
+    else:
+        show.show_methods(console, table)
+        console.print("\n'datafree methods NAME' tells one in full.")
+
+
+def _inspect(net: Net, /, *, network: _NetworkFlags = _NETWORK, json: Json = False) -> None:
+    """Show the layers of a network: what follows each, its role and size, and what cannot be quantized."""
+    found = _network(net, network)
+    check_network(found.model, found.task)
+    ctx = Ctx.create(device=network.device)
+    teacher = frozen_copy(found.model, ctx.device)
+    report = show.network_report(found.name, read(teacher, found.task, ctx), teacher)
+    if json:
+        show.show_json(_stdout(), asdict(report))
+    else:
+        show.show_network(_stdout(), report)
+
+
+def _quantize(net: str, flags: QuantizeFlags, network: NetworkFlags, method: Method) -> None:
+    bits = flags.weight_bits[0] if len(flags.weight_bits) == 1 else flags.weight_bits
+    target = Target(bits, flags.act_bits, flags.max_bytes, flags.protocol, flags.keep, flags.float_shortcuts)
+    method.check()
+    if flags.out is not None:
+        check_free(flags.out)
+    found = _network(net, network)
+    # Opened now, so that a wrong path is told before the work; nothing is measured until the work is done.
+    data, data_name = (None, "") if flags.data is None else _data(flags.data, net, found.task)
+    with show.progress(_stderr()) as listen:
+        result = quantize(
+            found.model, found.task, method=method, target=target, seed=flags.seed, device=network.device, on_event=listen
+        )  # fmt: skip
+        comparison = None if data is None else compare(found.model, result.student, found.task, data, listen)
+    result = _measured(result, found.name, data_name, comparison)
+    folder = result.save(_fresh(_run_folder(found.name, method.name, target)) if flags.out is None else flags.out)
+    if flags.json:
+        show.show_json(_stdout(), {**result.run, "folder": folder})
+        return
+    rows = [*show.run_rows(found.name, result, method), *(show.accuracy_rows(comparison) if comparison else ()), *show.note_rows(result)]
+    show.show_rows(_stdout(), rows)
+    _stdout().print(f"files in {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}", soft_wrap=True)
+
+
+def _evaluate(
+    net: Net,
+    /,
+    *,
+    data: Annotated[str | None, Parameter(help="labelled data; the held-out digits if NET is digits")] = None,
+    student: Annotated[Path | None, Parameter(help="a folder that 'quantize' wrote, to be compared")] = None,
+    network: _NetworkFlags = _NETWORK,
+    json: Json = False,
+) -> None:
+    """Measure top-1 accuracy on labelled data, of a network and of a student saved before."""
+    if data is None and net != EMBEDDED:
+        raise DataError("accuracy needs labelled data: give --data PATH")
+    found = _network(net, network)
+    check_network(found.model, found.task)
+    labelled, name = _data(data or EMBEDDED, net, found.task)
+    model = found.model.to(network.device)
+    quantized = None if student is None else load(student, model)
+    with show.progress(_stderr()) as listen:
+        if quantized is None:
+            accuracy = evaluate(model, found.task, labelled, listen)
+            report: dict[str, object] = {"data": name, "n": accuracy.total, "top1_full_precision": accuracy.top1}
+            rows = [("full precision", show.top1(accuracy))]
+        else:
+            comparison = compare(model, quantized, found.task, labelled, listen)
+            report, rows = show.accuracy_report(name, comparison), [*show.accuracy_rows(comparison)]
+    if json:
+        show.show_json(_stdout(), {"network": found.name, **report})
+    else:
+        show.show_rows(_stdout(), [("network", found.name), ("data", name), *rows])
+
+
+# ---------------------------------------------------------------- pieces
+
+
+def _stdout() -> Console:
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+def _stderr() -> Console:
+    return Console(stderr=True)
+
+
+def _network(net: str, flags: NetworkFlags) -> Network:
+    """The network that ``net`` names, with the task that the flags make of its own."""
+    Ctx.create(device=flags.device)  # refuses one that is not there
+    found = load_network(net, flags.weights)
+    return replace(found, task=task_with(found.task, flags.input_shape, flags.mean, flags.std, flags.classes, flags.resize))
+
+
+def _data(data: str, net: str, task: Task) -> tuple[Data, str]:
+    """Labelled data and its name for reports; ``digits`` are those that come with the network of that name."""
+    if data == net == EMBEDDED:
+        from datafree.zoo.digits import held_out
+
+        return held_out(), "held-out digits"
+    return open_data(data, task), Path(data).name
+
+
+def _measured(result: Result, network: str, data: str, comparison: Comparison | None) -> Result:
+    """The result with the network's name in its record, and with its accuracy if that was measured."""
+    accuracy = {} if comparison is None else {"accuracy": show.accuracy_report(data, comparison)}
+    return replace(result, run={"network": network, **result.run, **accuracy})
+
+
+def _run_folder(network: str, method: str, target: Target) -> Path:
+    bits = "-".join(map(str, target.widths))
+    name = f"{network}-{method}-w{bits}-a{target.act_bits or 'float'}-{target.protocol}"
+    return Path("runs") / re.sub(r"[^\w.-]+", "-", name)
+
+
+def _fresh(folder: Path) -> Path:
+    """``folder``, or the first of folder-2, folder-3, ... that does not exist."""
+    found, number = folder, 1
+    while found.exists():
+        number += 1
+        found = folder.with_name(f"{folder.name}-{number}")
+    return found

@@ -1,0 +1,1 @@
+"""Formulas that need no data and no optimisation: pure functions of tensors, one subject per file."""

@@ -1,0 +1,1 @@
+"""How much a student differs from its teacher: without data (fidelity), and with labelled data (accuracy)."""

@@ -1,0 +1,1 @@
+"""Numbers to integers and back, and the networks that carry them."""

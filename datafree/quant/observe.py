@@ -1,0 +1,108 @@
+"""Ranges of activations from what passes through the student."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from datafree.context import Ctx
+from datafree.errors import NetworkError
+from datafree.graph.taps import anchored
+from datafree.plan import QSpec
+from datafree.quant.insert import quantizers
+from datafree.quant.ranges import Rule, channel_rows, fit, from_range
+from datafree.task import Task
+
+Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
+_SAMPLE = 1_000_000
+_THIN = (5**0.5 - 1) / 2  # the golden ratio: its stride falls into step with no number of channels
+_NOISE = 32  # inputs of noise
+
+
+def observe_noise(student: nn.Module, task: Task, rule: Rule, ctx: Ctx) -> None:
+    """Set every activation range from Gaussian noise, while batch norms normalise by the batch.
+
+    Without that, noise would leave the deeper layers far from the values that pictures bring about.
+    """
+    if quantizers(student):
+        with anchored(student):
+            observe(student, [task.noise(_NOISE, ctx.generator)], rule, task.run)
+
+
+@torch.no_grad()
+def observe(student: nn.Module, batches: Iterable[Tensor], rule: Rule, run: Callable[[nn.Module, Tensor], object]) -> None:
+    """Set the range of every activation quantizer from what passes it while ``run(student, batch)`` is called.
+
+    Meanwhile activations pass unchanged, weights are quantized, and the student stays in its mode (call ``eval`` first). Of more than
+    a million values at a point ``mse`` looks at a part, and at the extremes. Raises NetworkError, naming points that saw nothing.
+    """
+    points = quantizers(student)
+    if not points:
+        return
+    seen = {point: _Seen(quantizer.spec, keep=rule == "mse") for point, quantizer in points.items()}
+    watch(student, batches, {point: each.watch for point, each in seen.items()}, run)
+    blind = [point for point in points if seen[point].low is None]
+    if blind:
+        raise NetworkError(f"no value passed {', '.join(blind)}: give at least one batch, and leave out points the forward pass skips")
+    for point, quantizer in points.items():
+        quantizer.set(*seen[point].range(rule))
+
+
+@torch.no_grad()
+def watch(student: nn.Module, batches: Iterable[Tensor], hooks: Mapping[str, Hook], run: Callable[[nn.Module, Tensor], object]) -> None:
+    """Call the forward hook of each point on its quantizer while ``run(student, batch)`` goes over the batches.
+
+    A hook gets ``(quantizer, (x,), quantized)`` and returns what is passed on.
+    """
+    points = quantizers(student)
+    handles = [points[point].register_forward_hook(hook) for point, hook in hooks.items()]
+    try:
+        for batch in batches:
+            run(student, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Seen:
+    """The extremes of what passed a point, and a sample of it where ``keep`` is set; a row for each channel."""
+
+    def __init__(self, spec: QSpec, keep: bool) -> None:
+        self.spec, self.keep, self.rate = spec, keep, 1.0
+        self.low: Tensor | None = None
+        self.high: Tensor | None = None
+        self.sample: Tensor | None = None
+
+    def watch(self, module: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> Tensor:
+        """Forward hook of the quantizer: note its input and let that pass."""
+        rows = channel_rows(args[0], self.spec.axis)
+        low, high = rows.amin(1), rows.amax(1)
+        self.low = low if self.low is None else torch.minimum(self.low, low)
+        self.high = high if self.high is None else torch.maximum(self.high, high)
+        if self.keep:
+            self._keep(rows)
+        return args[0]
+
+    def range(self, rule: Rule) -> tuple[Tensor, Tensor]:
+        """Scale and zero of all that was seen."""
+        assert self.low is not None and self.high is not None
+        if self.sample is not None:
+            rows = torch.cat([self.sample, self.low[:, None], self.high[:, None]], dim=1)
+            return fit(rows, self.spec if self.spec.axis is None else replace(self.spec, axis=0), rule)
+        scale, zero = from_range(self.low, self.high, self.spec)
+        return (scale[0], zero[0]) if self.spec.axis is None else (scale, zero)
+
+    def _keep(self, rows: Tensor) -> None:
+        kept = rows[:, :0] if self.sample is None else self.sample
+        while (kept.shape[1] + rows.shape[1] * self.rate) * rows.shape[0] > _SAMPLE:
+            kept, self.rate = _thinned(kept, _THIN), self.rate * _THIN
+        self.sample = torch.cat([kept, _thinned(rows, self.rate)], dim=1)
+
+
+def _thinned(rows: Tensor, rate: float) -> Tensor:
+    """Evenly spaced columns, ``rate`` of them."""
+    if rate == 1.0:
+        return rows
+    count = int(rows.shape[1] * rate)
+    return rows[:, (torch.arange(count, dtype=torch.float64, device=rows.device) / rate).long()]

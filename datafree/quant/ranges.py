@@ -1,0 +1,173 @@
+"""From tensors to ranges: scale and zero point of each channel.
+
+``x`` has any shape; scale and zero have shape (C,), C the size of ``spec.axis``, or () where that is None. Asymmetric ranges
+always include 0. A channel of zeros gets scale 1. All raise NetworkError on an empty tensor or one with NaN or infinity.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from datafree.errors import NetworkError, TargetError
+from datafree.plan import QSpec
+from datafree.quant.grid import fake_quantize
+
+Rule = Literal["minmax", "mse"]
+_BLOCK = 1 << 18  # elements
+TINY = torch.finfo(torch.float32).tiny
+
+
+def fit(x: Tensor, spec: QSpec, rule: Rule) -> tuple[Tensor, Tensor]:
+    """Scale and zero of ``x`` by the rule ``minmax`` or ``mse``."""
+    if rule == "minmax":
+        return minmax(x, spec)
+    if rule == "mse":
+        return mse(x, spec)
+    raise TargetError(f"unknown range rule {rule!r}: choose minmax or mse")
+
+
+def minmax(x: Tensor, spec: QSpec) -> tuple[Tensor, Tensor]:
+    """The range that clips nothing; for the ternary grid the scale of :func:`twn`."""
+    if spec.grid == "ternary":
+        scale = twn(x, spec.axis)[1]
+        return scale, torch.zeros_like(scale)
+    rows = channel_rows(x, spec.axis)
+    return _shaped(*from_range(rows.amin(1), rows.amax(1), spec), spec.axis)
+
+
+def mse(x: Tensor, spec: QSpec, weight: Tensor | None = None, exponent: float = 2.0) -> tuple[Tensor, Tensor]:
+    """The range with the least ``sum(weight * |x - Q(x)|^exponent)`` among shrunk and widened min-max ranges.
+
+    Factors of 0.2 to 1.2 in steps of a tenth, then in steps of a hundredth around the best. ``weight`` is the importance of each
+    element and broadcasts to ``x``. For the ternary grid: the scale of :func:`optimal_ternary`, where ``exponent`` must be 2
+    (TargetError otherwise).
+    """
+    if spec.grid == "ternary":
+        if exponent != 2.0:
+            raise TargetError(f"the ternary optimum is known for exponent 2 only, not {exponent}")
+        scale = optimal_ternary(x, spec.axis, weight)[1]
+        return scale, torch.zeros_like(scale)
+    rows = channel_rows(x, spec.axis)
+    importance = None if weight is None else channel_rows(weight.expand_as(x), spec.axis)
+    by_row = replace(spec, axis=0)
+    found = [_search(part, by_row, None if importance is None else importance[place], exponent) for place, part in _blocks(rows)]
+    scale, zero = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return _shaped(scale, zero, spec.axis)
+
+
+def _search(rows: Tensor, spec: QSpec, importance: Tensor | None, exponent: float) -> tuple[Tensor, Tensor]:
+    low, high = rows.amin(1), rows.amax(1)
+    factor = torch.ones_like(low)
+    scale, zero = from_range(low, high, spec)
+    least = _error(rows, scale, zero, spec, importance, exponent)
+
+    def attempt(trial: Tensor) -> None:
+        nonlocal factor, scale, zero, least
+        candidate = from_range(low * trial, high * trial, spec)
+        error = _error(rows, *candidate, spec, importance, exponent)
+        better = error < least
+        least, factor = torch.where(better, error, least), torch.where(better, trial, factor)
+        scale, zero = torch.where(better, candidate[0], scale), torch.where(better, candidate[1], zero)
+
+    for tenth in (2, 3, 4, 5, 6, 7, 8, 9, 11, 12):
+        attempt(torch.full_like(low, tenth / 10))
+    centre = factor
+    for hundredth in (-9, -8, -7, -6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 7, 8, 9):
+        attempt((centre + hundredth / 100).clamp(0.2, 1.2))
+    return scale, zero
+
+
+def from_range(low: Tensor, high: Tensor, spec: QSpec) -> tuple[Tensor, Tensor]:
+    """Scale and zero that cover [low, high], elementwise; the range is widened to include 0."""
+    low, high = low.double().clamp(max=0), high.double().clamp(min=0)
+    smallest, largest = spec.levels
+    if spec.grid == "dorefa":
+        scale = _positive(2 * torch.maximum(-low, high) / largest)
+        return scale, torch.full_like(scale, largest / 2)
+    if spec.symmetric or spec.grid == "ternary":
+        scale = _positive(torch.maximum(-low, high) / largest)
+        return scale, torch.zeros_like(scale)
+    scale = _positive((high - low) / (largest - smallest))
+    return scale, torch.round(-low / scale.double()).clamp(smallest, largest).float()
+
+
+def twn(x: Tensor, axis: int | None = 0) -> tuple[Tensor, Tensor]:
+    """Ternary weight networks (arXiv 1605.04711): one threshold 0.7 mean|W| and one alpha = mean of |W| above it, for the layer.
+
+    Returns codes (int16, shape of x) and alpha repeated for each slice of ``axis``.
+    """
+    rows = channel_rows(x, axis)
+    size = rows.abs()
+    keep = size > 0.7 * size.mean()
+    alpha = _positive(torch.where(keep, size, 0.0).sum(dtype=torch.float64) / keep.sum().clamp(min=1))
+    codes = (torch.sign(rows) * keep).to(torch.int16)
+    return _unrows(codes, x, axis), alpha if axis is None else alpha.repeat(rows.shape[0])
+
+
+def optimal_ternary(x: Tensor, axis: int | None = 0, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The ternary codes and scales with the least squared error, exactly, for each slice of ``axis``.
+
+    Keeping the k largest |w| with scale = their mean leaves sum(w^2) - (sum of the k)^2 / k, so the k that maximises the last term
+    is optimal; with an importance ``weight`` h (broadcasts to x) that is (sum h|w|)^2 / sum h. Returns codes (int16), scale (C,) or ().
+    """
+    rows = channel_rows(x, axis)
+    importance = None if weight is None else channel_rows(weight.expand_as(x), axis)
+    found = [_ternary_rows(part, None if importance is None else importance[place]) for place, part in _blocks(rows)]
+    codes, scale = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return _unrows(codes, x, axis), _shaped(scale, scale, axis)[0]
+
+
+def _ternary_rows(rows: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    size, order = rows.abs().sort(dim=1, descending=True)
+    weights = torch.ones_like(size) if importance is None else importance.gather(1, order)
+    mass = weights.cumsum(1, dtype=torch.float64)
+    total = (weights * size).cumsum(1, dtype=torch.float64)
+    best = torch.where(mass > 0, total.square() / mass.clamp(min=TINY), 0.0).argmax(1, keepdim=True)
+    mean = (total.gather(1, best) / mass.gather(1, best).clamp(min=TINY)).squeeze(1)
+    kept = torch.zeros_like(rows).scatter_(1, order, (torch.arange(rows.shape[1], device=rows.device) <= best).to(rows.dtype))
+    return (torch.sign(rows) * kept).to(torch.int16), _positive(mean)
+
+
+def _blocks(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """A few rows at a time: what is computed in between stays in the cache."""
+    size = max(1, _BLOCK // rows.shape[1])
+    for start in range(0, rows.shape[0], size):
+        place = slice(start, start + size)
+        yield place, rows[place]
+
+
+def channel_rows(x: Tensor, axis: int | None) -> Tensor:
+    """(C, n): one row for each slice of ``axis``; (1, n) where that is None. Detached, float32."""
+    if axis is not None and not -x.dim() <= axis < x.dim():
+        raise NetworkError(f"a tensor of shape {tuple(x.shape)} has no axis {axis} to range by: choose another axis or None")
+    if x.numel() == 0:
+        raise NetworkError(f"a tensor of shape {tuple(x.shape)} is empty: no range can be taken from it")
+    values = x.detach().float()
+    if not torch.isfinite(values).all():
+        raise NetworkError(f"a tensor of shape {tuple(x.shape)} holds NaN or infinity: no range can be taken from it")
+    return values.reshape(1, -1) if axis is None else values.movedim(axis, 0).reshape(x.shape[axis], -1)
+
+
+def _unrows(rows: Tensor, x: Tensor, axis: int | None) -> Tensor:
+    if axis is None:
+        return rows.reshape(x.shape)
+    moved = x.movedim(axis, 0).shape
+    return rows.reshape(moved).movedim(0, axis)
+
+
+def _shaped(scale: Tensor, zero: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
+    return (scale[0], zero[0]) if axis is None else (scale, zero)
+
+
+def _positive(scale: Tensor) -> Tensor:
+    """float32; 1 where there is nothing to scale, and never so small that it underflows."""
+    return torch.where(scale > 0, scale.clamp(min=TINY), 1.0).float()
+
+
+def _error(rows: Tensor, scale: Tensor, zero: Tensor, spec: QSpec, importance: Tensor | None, exponent: float) -> Tensor:
+    gap = (rows - fake_quantize(rows, scale, zero, spec)).abs()
+    error = gap.square() if exponent == 2.0 else gap.pow(exponent)
+    return (error if importance is None else error * importance).sum(1)

@@ -1,0 +1,301 @@
+"""What the command line shows: tables, summaries and the progress bar, all of which fold on a narrow terminal."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from inspect import cleandoc, getmodule
+from typing import Literal, get_args, get_origin
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+from torch import nn
+
+from datafree.api import Result, strict_json
+from datafree.bits.cost import float_bytes
+from datafree.context import Event
+from datafree.graph.chains import pairs, roles
+from datafree.graph.flow import Flow
+from datafree.measure.accuracy import Accuracy, Comparison
+from datafree.method import Method
+
+NOTE_LENGTH = 300  # a note may name every layer of the network: run.json holds it in full
+
+Rows = Iterable[tuple[str, str]]
+
+
+def show_json(console: Console, value: object) -> None:
+    """Strict JSON: a number that is not finite becomes null."""
+    console.file.write(strict_json(value) + "\n")
+
+
+def show_rows(console: Console, rows: Rows) -> None:
+    """Labels with their texts."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True, style="bold")
+    grid.add_column(overflow="fold")
+    for label, text in rows:
+        grid.add_row(label, text)
+    console.print(grid)
+
+
+# ---------------------------------------------------------------- the network
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """A layer as ``inspect`` tells it: ``partner`` is the other layer of its DF-MPC pair, ``bytes`` its size in float."""
+
+    name: str
+    kind: str
+    weight_shape: tuple[int, ...]
+    norm: str | None
+    activation: str | None
+    role: str
+    partner: str | None
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class NetworkReport:
+    """What ``inspect`` has found: ``floats`` are the layers that stay in float, with the reason."""
+
+    network: str
+    layers: tuple[LayerRow, ...]
+    floats: dict[str, str]
+    parameters: int
+    float_bytes: int
+
+
+def network_report(name: str, flow: Flow, model: nn.Module) -> NetworkReport:
+    """The layers of ``flow`` in execution order, and totals."""
+    partners: dict[str, str] = {}
+    for pair in pairs(flow):
+        if pair.high is not None:
+            partners |= {pair.low: pair.high, pair.high: pair.low}
+    low_or_high = roles(flow)
+    rows = []
+    for layer in flow.layers.values():
+        special = [word for word, holds in (("first", layer.first), ("last", layer.last), ("depthwise", layer.depthwise)) if holds]
+        role = ", ".join(special) or low_or_high[layer.name]
+        count = sum(parameter.numel() for parameter in model.get_submodule(layer.name).parameters(recurse=False))
+        about = (layer.kind, layer.weight_shape, layer.norm, layer.activation, role, partners.get(layer.name))
+        rows.append(LayerRow(layer.name, *about, count, 4 * count))
+    return NetworkReport(name, tuple(rows), dict(flow.floats), sum(each.numel() for each in model.parameters()), float_bytes(model))
+
+
+def show_network(console: Console, report: NetworkReport) -> None:
+    """A row for each layer, the layers that stay in float with their reasons, and totals."""
+    wide = _table("layer", "kind", "weight", "norm", "activation", "role", "pair with", "#parameters", "#float bytes")
+    narrow = _table("layer\nrole", "weight\nnorm, activation", "#parameters\nfloat bytes")
+    for row in report.layers:
+        shape, sizes = "x".join(map(str, row.weight_shape)), (f"{row.parameters:,}", f"{row.bytes:,}")
+        wide.add_row(row.name, row.kind, shape, row.norm or "-", row.activation or "-", row.role, row.partner or "-", *sizes)
+        role = f"{row.role}, with {row.partner}" if row.partner else row.role
+        behind = ", ".join(filter(None, ("norm" if row.norm else None, row.activation)))
+        narrow.add_row(f"{row.name}\n{role}", f"{row.kind} {shape}\n{behind}", "\n".join(sizes))
+    console.print(_fitting(console, wide, narrow))
+    for layer, reason in report.floats.items():
+        console.print(f"{layer} stays in float: {reason}")
+    left = f", {len(report.floats)} that cannot" if report.floats else ""
+    console.print(f"{report.network}: {len(report.layers)} layers that can be quantized{left}")
+    console.print(f"{report.parameters:,} parameters, {report.float_bytes:,} bytes in float")
+
+
+# ---------------------------------------------------------------- the methods
+
+
+def method_report(name: str, method: type[Method]) -> dict[str, object]:
+    """A method and its fields, ready for JSON."""
+    found = [
+        {
+            "name": each.name,
+            "type": _type_name(each.type),
+            "default": each.default,
+            "choices": _choices(each.type),
+            "help": each.metadata["help"],
+        }
+        for each in fields(method)  # type: ignore[arg-type]
+    ]
+    text = cleandoc(method.__doc__ or "")
+    return {"name": name, "summary": _first_line(text), "source": _source(method), "doc": text, "fields": found}
+
+
+def show_methods(console: Console, table: Mapping[str, type[Method]]) -> None:
+    """Each name with a line on what it does, and where it comes from."""
+    show_rows(console, ((name, f"{_first_line(method.__doc__)}\n{_source(method)}") for name, method in table.items()))
+
+
+def show_method(console: Console, name: str, method: type[Method]) -> None:
+    """The whole docstring, and every field with its default and help."""
+    console.print(name, style="bold")
+    console.print(_source(method) + "\n")
+    console.print(cleandoc(method.__doc__ or "").replace("``", ""))
+    options = _table("field", "default", "what it does")
+    for each in fields(method):  # type: ignore[arg-type]
+        choices = _choices(each.type)
+        options.add_row(each.name, str(each.default), each.metadata["help"] + (f" [{', '.join(map(str, choices))}]" if choices else ""))
+    console.print(options)
+
+
+# ---------------------------------------------------------------- what came of it
+
+
+def run_rows(name: str, result: Result, method: Method) -> Rows:
+    """The summary of a quantization; as many rows for a large network as for a small one."""
+    run = result.run
+    chosen = (f"{each.name}={getattr(method, each.name)}" for each in fields(method) if getattr(method, each.name) != each.default)  # type: ignore[arg-type]
+    yield "network", name
+    yield "method", ", ".join((method.name, *chosen))
+    yield "bits", _bits(result)
+    yield "protocol", str(run["protocol"])
+    yield "size", f"{number(run, 'float_bytes'):,} -> {number(run, 'packed_bytes'):,} bytes packed, {ratio(run)} smaller"
+    yield "time", f"{number(run, 'seconds'):.2f} s"
+    yield "fidelity on noise", _fidelity(run["fidelity"])
+
+
+def note_rows(result: Result) -> Rows:
+    """What the method noted on the way, each note shortened."""
+    notes = result.run["notes"]
+    assert isinstance(notes, list)
+    for note in notes:
+        yield "note", note if len(note) <= NOTE_LENGTH else f"{note[:NOTE_LENGTH]} ... (in full in run.json)"
+
+
+def accuracy_rows(comparison: Comparison) -> Rows:
+    """Top-1 of both networks, what was lost, and how their answers pair up."""
+    paired = comparison.paired
+    yield "full precision", top1(comparison.teacher)
+    yield "quantized", top1(comparison.student)
+    yield "drop", f"{paired.drop:.2f} points, +- {paired.half_width:.2f} (95 %)"
+    yield "paired", f"both right {paired.both}, only original {paired.only_teacher}, only quantized {paired.only_student}"
+
+
+def accuracy_report(data: str, comparison: Comparison) -> dict[str, object]:
+    """Both accuracies and their paired counts, ready for JSON."""
+    paired = comparison.paired
+    return {
+        "data": data,
+        "n": paired.total,
+        "top1_full_precision": comparison.teacher.top1,
+        "top1_quantized": comparison.student.top1,
+        "drop": paired.drop,
+        "drop_half_width_95": paired.half_width,
+        "paired": asdict(paired),
+    }
+
+
+def top1(accuracy: Accuracy) -> str:
+    """Percent, and the counts that it stands for."""
+    return f"{accuracy.top1:.2f} % ({accuracy.correct} of {accuracy.total})"
+
+
+def show_demo(console: Console, runs: Sequence[tuple[Result, Comparison]]) -> None:
+    """Full precision and every run: accuracy, size, time."""
+    headers = ("method", "#accuracy", "#packed bytes", "#seconds")
+    wide, narrow = _table(*headers), _table(*headers)
+    for table, between in ((wide, ", "), (narrow, "\n")):
+        result, comparison = runs[0]
+        table.add_row("full precision", f"{comparison.teacher.top1:.2f} %", f"{number(result.run, 'float_bytes'):,}", "")
+        for result, comparison in runs:
+            paired, run = comparison.paired, result.run
+            accuracy = f"{comparison.student.top1:.2f} %{between}-{paired.only_teacher} +{paired.only_student}"
+            size = f"{number(run, 'packed_bytes'):,}{between}{ratio(run)}"
+            table.add_row(f"{run['method']}{between}{_widths(result)} bits", accuracy, size, f"{number(run, 'seconds'):.2f}")
+    console.print(_fitting(console, wide, narrow))
+    console.print("\n-: right in full precision only; +: right when quantized only.")
+
+
+def number(run: Mapping[str, object], key: str) -> int | float:
+    """A number of the record of a run."""
+    value = run[key]
+    assert isinstance(value, int | float)
+    return value
+
+
+def ratio(run: Mapping[str, object]) -> str:
+    """How many times smaller the packed weights are."""
+    return f"{number(run, 'float_bytes') / number(run, 'packed_bytes'):.1f}x"
+
+
+# ---------------------------------------------------------------- progress
+
+
+@contextmanager
+def progress(console: Console) -> Iterator[Callable[[Event], None]]:
+    """A listener that draws a bar for each stage; on anything but a terminal it draws nothing."""
+    if not console.is_terminal:
+        yield lambda event: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True, expand=True) as bar:
+        stages: dict[str, TaskID] = {}
+
+        def show(event: Event) -> None:
+            if event.total:
+                if event.name not in stages:
+                    stages[event.name] = bar.add_task(event.name, total=event.total)
+                bar.update(stages[event.name], completed=event.step, total=event.total)
+
+        yield show
+
+
+# ---------------------------------------------------------------- pieces
+
+
+def _fitting(console: Console, wide: Table, narrow: Table) -> Table:
+    """The wide table if no cell of it must be folded."""
+    return wide if console.measure(wide, options=console.options.update(max_width=1000)).maximum <= console.width else narrow
+
+
+def _table(*headers: str) -> Table:
+    """A table without side lines; a header with # is of a column of numbers."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for header in headers:
+        table.add_column(header.lstrip("#"), justify="right" if header.startswith("#") else "left", overflow="fold")
+    return table
+
+
+def _first_line(text: str | None) -> str:
+    return cleandoc(text or "").partition("\n")[0]
+
+
+def _source(method: type[Method]) -> str:
+    """The first line of the method's file, which names its paper."""
+    module = getmodule(method)
+    return _first_line(module.__doc__ if module else None)
+
+
+def _choices(kind: object) -> list[object] | None:
+    return list(get_args(kind)) if get_origin(kind) is Literal else None
+
+
+def _type_name(kind: object) -> str:
+    return "choice" if _choices(kind) else kind.__name__ if isinstance(kind, type) else str(kind)
+
+
+def _widths(result: Result) -> str:
+    target = result.run["target"]
+    assert isinstance(target, dict)
+    given = target["weight_bits"]
+    return "/".join(map(str, given)) if isinstance(given, tuple) else str(given)
+
+
+def _bits(result: Result) -> str:
+    """What was asked for, and what the layers got."""
+    target = result.run["target"]
+    assert isinstance(target, dict)
+    counts = Counter(layer.weight.bits for layer in result.plan.layers.values())
+    layers = ", ".join(f"{count} of {bits} bits" for bits, count in sorted(counts.items()))
+    return f"weights {_widths(result)} (layers: {layers}), activations {target['act_bits'] or 'float'}"
+
+
+def _fidelity(measured: object) -> str:
+    assert isinstance(measured, dict)
+    agreement, kl, sqnr = measured["agreement"], measured["kl"], measured["sqnr"]
+    told = [] if agreement is None else [f"same class {agreement:.1f} %"]
+    told += [] if kl is None else [f"KL {kl:.3g} nats"]
+    return ", ".join([*told, f"SQNR {sqnr:.1f} dB", f"{measured['n']} inputs"])

@@ -1,0 +1,1 @@
+"""Networks that come with the package, weights included: import them from their own file, ``datafree.zoo.digits``."""

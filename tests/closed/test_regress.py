@@ -1,0 +1,58 @@
+"""The regression of batch norms undoes what a per-channel scale, shift and noise did to the student."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from datafree.closed.regress import regress_norms, regression
+from datafree.graph.flow import flow
+from datafree.graph.fold import norm_vectors
+from datafree.graph.taps import anchored
+from networks import NAMES, build
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def test_regression_is_least_squares() -> None:
+    s = torch.randn(5000, 3, generator=generator())
+    t = 1.5 * s + torch.tensor([0.0, 1.0, -2.0]) + 0.3 * torch.randn(5000, 3, generator=generator().manual_seed(1))
+    a, b = regression(t, s)
+    best = torch.linalg.lstsq(torch.stack([s[:, 1], torch.ones(5000)], 1), t[:, 1:2]).solution.flatten()
+    assert torch.allclose(torch.stack([a[1], b[1]]), best, atol=1e-4)
+
+
+def test_unrelated_channels_match_the_spread_and_dead_ones_stay() -> None:
+    t = torch.randn(5000, 3, generator=generator())
+    s = 2 * torch.randn(5000, 3, generator=generator().manual_seed(1))
+    s[:, 1] = 0
+    t[:, 2], s[:, 2] = 3.0, 3.0
+    a, b = regression(t, s)
+    assert a[0] == pytest.approx(0.5, rel=0.05)
+    assert a[1] == 1 and a[2] == 1 and b[2] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_rescaled_and_shifted_student_comes_back(name: str) -> None:
+    """Scaling a layer before its norm is undone exactly, on the pictures and by the stored statistics alike."""
+    teacher, task = build(name)
+    student = copy.deepcopy(teacher)
+    inputs = torch.randn(64, *task.shape, generator=generator())
+    read = flow(teacher, inputs[:2])
+    for layer in read.layers.values():
+        if layer.norm and len(read.calls_of[layer.norm]) == 1:
+            module = student.get_submodule(layer.name)
+            module.weight.data *= 1.7
+            if module.bias is not None:
+                module.bias.data *= 1.7
+    with anchored(teacher):
+        regress_norms(teacher, student, read, inputs, generator())
+    for one, other in zip(teacher.modules(), student.modules(), strict=True):
+        if isinstance(one, nn.modules.batchnorm._BatchNorm) and one.running_mean is not None:
+            assert torch.allclose(norm_vectors(one).gamma, norm_vectors(other).gamma, rtol=1e-3)
+    with torch.no_grad():
+        assert torch.allclose(teacher(inputs), student(inputs), atol=1e-3, rtol=1e-3)
+    assert not any(module._forward_pre_hooks for each in (teacher, student) for module in each.modules())

@@ -1,0 +1,55 @@
+"""Packing is exact, gapless and little-endian."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from datafree.errors import NetworkError, WeightsError
+from datafree.export.pack import pack, packed_size, unpack
+from tests.reference import quantizers as reference
+
+WIDTHS = st.integers(1, 8)
+
+
+@given(WIDTHS.flatmap(lambda bits: st.tuples(st.just(bits), st.lists(st.integers(0, 2**bits - 1), max_size=70))))
+def test_pack_and_unpack_are_inverse(case: tuple[int, list[int]]) -> None:
+    bits, codes = case
+    data = pack(torch.tensor(codes, dtype=torch.int16), bits)
+    assert data.dtype == torch.uint8 and data.shape == (packed_size(len(codes), bits),) == (-(-len(codes) * bits // 8),)
+    assert bytes(data.tolist()) == reference.pack(codes, bits)
+    back = unpack(data, bits, len(codes))
+    assert back.dtype == torch.int16 and back.tolist() == codes
+
+
+def test_bit_order() -> None:
+    assert pack(torch.tensor([1, 0, 0, 0, 0, 0, 0, 0, 1]), 1).tolist() == [1, 1]
+    assert pack(torch.tensor([1, 2, 3, 0]), 2).tolist() == [0b00111001]
+    assert pack(torch.tensor([7, 0, 1]), 3).tolist() == [0b01000111, 0]
+
+
+def test_any_shape_and_type_and_the_largest_codes() -> None:
+    codes = torch.randint(0, 256, (7, 5, 3), generator=torch.Generator().manual_seed(0))
+    for bits in range(1, 9):
+        part = codes % 2**bits
+        part[0] = 2**bits - 1
+        for dtype in (torch.int16, torch.int64, torch.uint8):
+            assert torch.equal(unpack(pack(part.to(dtype), bits), bits, 105).reshape(7, 5, 3), part.to(torch.int16))
+    assert torch.equal(pack(codes, 8), codes.flatten().to(torch.uint8))
+    assert torch.equal(pack(codes.transpose(0, 2), 8), codes.transpose(0, 2).flatten().to(torch.uint8))
+
+
+@pytest.mark.parametrize("code", [-1, 8, 300])
+def test_codes_out_of_range(code: int) -> None:
+    with pytest.raises(NetworkError, match="do not fit 3 bits: expected 0 to 7"):
+        pack(torch.tensor([0, code]), 3)
+
+
+def test_other_refusals() -> None:
+    with pytest.raises(NetworkError, match="9 bits cannot be packed"):
+        pack(torch.tensor([0]), 9)
+    with pytest.raises(NetworkError, match="0 bits cannot be packed"):
+        unpack(torch.zeros(0, dtype=torch.uint8), 0, 0)
+    for data in (torch.zeros(3, dtype=torch.uint8), torch.zeros(2, dtype=torch.int16), torch.zeros(2, 1, dtype=torch.uint8)):
+        with pytest.raises(WeightsError, match="expected 2 bytes for 4 codes of 3 bits"):
+            unpack(data, 3, 4)

@@ -1,0 +1,58 @@
+"""Anchored batch norms: statistics of the batch, the stored affine, and nothing left behind."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from datafree.graph.taps import anchored
+from networks import NAMES, build
+
+NORMED = tuple(name for name in NAMES if name not in ("without_norm", "transformer"))
+
+
+def noise(n: int, shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(n, *shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_outputs_have_the_mean_and_variance_of_the_affine(name: str) -> None:
+    model, task = build(name)
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    seen = []
+    for norm in norms:
+        norm.register_forward_hook(lambda module, args, result: seen.append((module, result.clone())))
+    x = noise(64, task.shape)
+    with torch.no_grad():
+        plain = model(x)
+        seen.clear()
+        with anchored(model):
+            model(x)
+        assert {id(norm) for norm, _ in seen} == {id(norm) for norm in norms}
+        for norm, out in seen:
+            channels = out.transpose(0, 1).flatten(1).double()
+            torch.testing.assert_close(channels.mean(1), norm.bias.double(), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(channels.var(1, correction=0), norm.weight.square().double(), atol=1e-3, rtol=2e-2)
+        assert torch.equal(model(x), plain)
+
+
+def test_state_is_left_bit_for_bit_even_by_infinite_batches_and_errors() -> None:
+    model, task = build("resnet_basic")
+    model.bn1.train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    modes = [(module.training, getattr(module, "track_running_stats", None)) for module in model.modules()]
+    with torch.no_grad(), anchored(model):
+        model(noise(4, task.shape))
+        model(torch.full((4, *task.shape), torch.inf))
+    with pytest.raises(KeyError), anchored(model):
+        raise KeyError
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+    assert [(module.training, getattr(module, "track_running_stats", None)) for module in model.modules()] == modes
+
+
+def test_norms_without_statistics_stay_as_they_are() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False), nn.InstanceNorm2d(4, track_running_stats=True)
+    ).eval()
+    with anchored(model):
+        assert not any(module.training for module in model.modules())
