@@ -18,7 +18,7 @@ lint: .venv/.dev
 
 # The newest torch, torchvision and timm, without the pins of constraints.txt.
 test-zoo: .venv-zoo/.zoo
-	OMP_NUM_THREADS=2 .venv-zoo/bin/python -m pytest -q tests_zoo
+	OMP_NUM_THREADS=1 .venv-zoo/bin/python -m pytest -q -n 2 tests_zoo
 
 # Hours on two cores where no results are there yet; each one that is there is kept. Needs ../shared/data or $$DATAFREE_DATA.
 bench: .venv/.dev

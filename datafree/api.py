@@ -105,7 +105,7 @@ def quantize(
     model: nn.Module,
     task: Task,
     *,
-    method: str | Method = "dfmpc",
+    method: str | Method = "anchor",
     target: Target | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,

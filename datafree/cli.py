@@ -28,8 +28,8 @@ from datafree.networks import FORMS, Network, check_network, load_network, task_
 from datafree.plan import Protocol, Target
 from datafree.task import Task
 
-DEFAULT_METHOD = "dfmpc"
-DEMO_RUNS = (("dfmpc", (2, 6)), ("dfmpc", (4,)), ("rtn", (4,)))
+DEFAULT_METHOD = "anchor"
+DEMO_RUNS = (("anchor", (2, 6)), ("dfmpc", (2, 6)), ("anchor", (4,)), ("dfmpc", (4,)), ("rtn", (4,)))
 EMBEDDED = "digits"  # the network of the package, and the name of its held-out digits as data
 STACKED_BELOW = 72  # columns, below which help stands under its flag, so that no flag is broken in two
 

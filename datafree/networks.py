@@ -1,4 +1,4 @@
-"""Where a float network comes from: the embedded one, timm, torchvision, or a function in a file of the user's own."""
+"""Where a float network comes from: an embedded one, timm, torchvision, or a function in a file of the user's own."""
 
 import importlib
 import importlib.util
@@ -22,7 +22,8 @@ from datafree.export.float_weights import load_weights
 from datafree.graph.swap import frozen_copy
 from datafree.task import Task
 
-FORMS = "digits, timm:NAME, torchvision:NAME or path/to/file.py:function"
+EMBEDDED = ("digits", "digits-vit")  # networks of the package, for the digits that it holds out
+FORMS = f"{', '.join(EMBEDDED)}, timm:NAME, torchvision:NAME or path/to/file.py:function"
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ def load_network(net: str, weights: Path | None = None, pretrained: bool = True)
     """Load a network and its task.
 
     Args:
-        net: ``digits`` (embedded), ``timm:NAME``, ``torchvision:NAME``, or ``path/to/file.py:function``, where the function
-            takes no arguments and returns a module or (module, Task).
+        net: ``digits`` or ``digits-vit`` (embedded), ``timm:NAME``, ``torchvision:NAME``, or ``path/to/file.py:function``, where
+            the function takes no arguments and returns a module or (module, Task).
         weights: a file of weights to load into it; then no hub is contacted.
         pretrained: whether timm and torchvision are asked for their weights where ``weights`` is None.
 
@@ -55,6 +56,11 @@ def load_network(net: str, weights: Path | None = None, pretrained: bool = True)
 
         name = net
         model, task = digits()
+    elif net == "digits-vit":
+        from datafree.zoo.digits_vit import digits_vit
+
+        name = net
+        model, task = digits_vit()
     elif kind == "timm" and name:
         model, task = _from_timm(name, download)
     elif kind == "torchvision" and name:

@@ -54,7 +54,7 @@ def test_what_quantize_gives(result: Result) -> None:
         "versions", "weights_hash", "seed", "device", "method", "fields", "target", "protocol", "data", "seconds", "peak_memory_bytes",
         "float_bytes", "packed_bytes", "fidelity", "notes",
     }  # fmt: skip
-    assert (result.run["method"], result.run["protocol"], result.run["data"], result.run["device"]) == ("dfmpc", "deploy", "none", "cpu")
+    assert (result.run["method"], result.run["protocol"], result.run["data"], result.run["device"]) == ("anchor", "deploy", "none", "cpu")
     packed, full = result.run["packed_bytes"], result.run["float_bytes"]
     assert isinstance(packed, int) and isinstance(full, int) and 0 < packed < full
 
@@ -100,12 +100,12 @@ def test_the_same_seed_gives_the_same_student() -> None:
     model, task = small()
     first, again, other = (state(datafree.quantize(model, task, target=Target(4, 4), seed=seed).student) for seed in (1, 1, 2))
     assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
-    assert any(not torch.equal(first[name], other[name]) for name in first), "activation ranges come from noise"
+    assert any(not torch.equal(first[name], other[name]) for name in first), "its pictures are drawn anew"
 
 
 def test_a_method_by_name_is_the_method_with_its_defaults(result: Result) -> None:
     model, task = small()
-    by_hand = datafree.quantize(model, task, method=datafree.methods()["dfmpc"]())
+    by_hand = datafree.quantize(model, task, method=datafree.methods()["anchor"]())
     assert torch.equal(by_hand.student(inputs(task)), result.student(inputs(task)))
     assert by_hand.run["fields"] == result.run["fields"]
 

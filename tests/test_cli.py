@@ -65,7 +65,7 @@ def as_json(capsys: Output, *argv: str) -> dict[str, object]:
 
 def test_quantize_digits(capsys: Output, place: Path) -> None:
     text = told(capsys, "quantize", "digits", "--protocol", "dfmpc", "--data", "digits", "--out", "runs/a")
-    for part in ("digits", "dfmpc", "2/6", "activations float", "bytes packed", "fidelity on noise", "only original", "runs/a"):
+    for part in ("digits", "anchor", "2/6", "activations float", "bytes packed", "fidelity on noise", "only original", "runs/a"):
         assert part in text
     assert sorted(file.name for file in (place / "runs/a").iterdir()) == ["plan.json", "run.json", "student.safetensors"]
     run = json.loads((place / "runs/a/run.json").read_text())
@@ -84,7 +84,7 @@ def test_fidelity_is_not_called_accuracy(capsys: Output) -> None:
 def test_quantize_own_network(capsys: Output, own: str) -> None:
     run = as_json(capsys, "quantize", own, "--weight-bits=4", "--act-bits", "8", "--keep", "3", "--seed", "7", "--data", "own.npz")
     folder = Path(str(run["folder"]))
-    assert folder == Path("runs/net-dfmpc-w4-a8-deploy") and (folder / "student.safetensors").is_file()
+    assert folder == Path("runs/net-anchor-w4-a8-deploy") and (folder / "student.safetensors").is_file()
     assert run["seed"] == 7 and run["target"]["weight_bits"] == 4 and run["target"]["keep"] == ["3"]
     assert run["target"] == {**asdict(datafree.Target(4, 8)), "keep": ["3"]}
     assert isinstance(run["accuracy"], dict) and run["accuracy"]["data"] == "own.npz" and run["accuracy"]["n"] == 20
@@ -168,10 +168,10 @@ def plain(text: str) -> str:
 def test_demo(capsys: Output, place: Path) -> None:
     text = told(capsys, "demo")
     assert "held-out digits served only to measure" in text and "full precision" in text
-    for name, bits in (("dfmpc", "2/6"), ("dfmpc", "4"), ("rtn", "4")):
+    for name, bits in (("anchor", "2/6"), ("dfmpc", "2/6"), ("anchor", "4"), ("dfmpc", "4"), ("rtn", "4")):
         assert f"{name}, {bits} bits" in text
     runs = sorted(folder.name for folder in (place / "datafree-demo").iterdir())
-    assert runs == ["dfmpc-w2-6", "dfmpc-w4", "rtn-w4"]
+    assert runs == ["anchor-w2-6", "anchor-w4", "dfmpc-w2-6", "dfmpc-w4", "rtn-w4"]
     told(capsys, "demo")
     assert (place / "datafree-demo-2" / "rtn-w4" / "run.json").is_file()
 
@@ -250,7 +250,7 @@ def test_methods(capsys: Output) -> None:
     listed = json.loads(told(capsys, "methods", "--json"))
     assert [each["name"] for each in listed] == list(methods())
     rtn = next(each for each in listed if each["name"] == "rtn")
-    assert next(each for each in rtn["fields"] if each["name"] == "weight_range")["choices"] == ["mse", "minmax"]
+    assert next(each for each in rtn["fields"] if each["name"] == "weight_range")["choices"] == ["mse", "minmax", "aciq"]
 
 
 def test_version_and_bare_call(capsys: Output) -> None:
@@ -270,12 +270,12 @@ def test_the_commands_of_the_readme(capsys: Output) -> None:
 
 BAD = (
     ("quantize digits --method nope", f"unknown method 'nope': choose from {', '.join(methods())}"),
-    ("quantize digits --lamda1 1", "Did you mean --lambda1?"),
+    ("quantize digits --method dfmpc --lamda1 1", "Did you mean --lambda1?"),
     ("quantize digits --correct-bias", "Unknown option: --correct-bias"),
     ("quantize digits --protocol deplo", 'Choose from: "deploy", "paper", "dfmpc"'),
     ("quantize digits --protocol dfmpc --act-bits 8", "protocol dfmpc quantizes weights only"),
-    ("quantize digits --mode best", 'Choose from: "plus", "faithful"'),
-    ("quantize digits --rho high", 'unable to convert "high" into float'),
+    ("quantize digits --method dfmpc --mode best", 'Choose from: "plus", "faithful"'),
+    ("quantize digits --method dfmpc --rho high", 'unable to convert "high" into float'),
     ("quantize digits --weight-bits 1,6", "weight_bits: 1 is not supported"),
     ("quantize digits --weight-bits two", "no list of ints"),
     ("quantize digits --weight-bits 2,,6", "an empty part"),

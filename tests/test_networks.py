@@ -30,17 +30,19 @@ def saved(model: nn.Module, folder: Path) -> Path:
 # ---------------------------------------------------------------- digits and files
 
 
-def test_digits_is_embedded() -> None:
-    network = load_network("digits")
-    assert network.name == "digits" and network.task.shape == (1, 8, 8) and not network.model.training
+@pytest.mark.parametrize("name", ["digits", "digits-vit"])
+def test_digits_are_embedded(name: str) -> None:
+    network = load_network(name)
+    assert network.name == name and network.task.shape == (1, 8, 8) and not network.model.training
     check_network(network.model, network.task)
 
 
-def test_digits_takes_other_weights(tmp_path: Path) -> None:
-    other = load_network("digits").model
+@pytest.mark.parametrize("name", ["digits", "digits-vit"])
+def test_digits_take_other_weights(name: str, tmp_path: Path) -> None:
+    other = load_network(name).model
     with torch.no_grad():
         next(other.parameters()).zero_()
-    loaded = load_network("digits", saved(other, tmp_path)).model
+    loaded = load_network(name, saved(other, tmp_path)).model
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in loaded.state_dict().items())
 
 
@@ -149,7 +151,7 @@ def test_file_that_cannot_be_imported_is_refused(tmp_path: Path, text: str, mess
 @pytest.mark.parametrize(
     ("net", "message"),
     [
-        ("resnet18", "unknown network 'resnet18': give digits, timm:NAME, torchvision:NAME or path/to/file.py:function"),
+        ("resnet18", "unknown network 'resnet18': give digits, digits-vit, timm:NAME, torchvision:NAME or path/to/file.py:function"),
         ("", "unknown network ''"),
         ("timm:", "unknown network 'timm:'"),
         ("hub:resnet18", "unknown network 'hub:resnet18'"),

@@ -1,8 +1,12 @@
-"""Train the embedded network on scikit-learn's digits and write its weights and its held-out pictures into the package.
+"""Train an embedded network on scikit-learn's digits and write its weights and the held-out pictures into the package.
 
-Usage: python benchmarks/zoo/train_digits.py. The schedule is fixed: the held-out part is looked at once, at the end.
+Usage: python benchmarks/zoo/train_digits.py digits, or digits-vit for the transformer. The schedule is fixed: the held-out part is
+looked at once, at the end.
 """
 
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +17,28 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from datafree.zoo.digits import BRIGHTEST, TASK, DigitsNet, digits, held_out
+from datafree.networks import load_network
+from datafree.zoo.digits import BRIGHTEST, TASK, DigitsNet, held_out
+from datafree.zoo.digits_vit import DigitsVit
 
 SEED = 0
-EPOCHS = 60
 BATCH = 64
-RATE = 0.1
 FOLDER = Path(__file__).parents[2] / "datafree" / "zoo"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to train, for how many epochs, and the optimizer at the highest rate that it gets."""
+
+    network: Callable[[], nn.Module]
+    epochs: int
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+
+
+RECIPES = {
+    "digits": Recipe(DigitsNet, 60, lambda model: torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=True)),
+    "digits-vit": Recipe(DigitsVit, 200, lambda model: torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.05)),
+}
 
 
 def split() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -40,16 +59,17 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(pixels, grid, align_corners=False)
 
 
-def train(images: np.ndarray, labels: np.ndarray) -> nn.Module:
-    """SGD with momentum, a cosine schedule with warm-up, a fixed number of epochs."""
+def train(recipe: Recipe, images: np.ndarray, labels: np.ndarray) -> nn.Module:
+    """A cosine schedule with warm-up, a fixed number of epochs."""
     torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
-    model = DigitsNet()
+    model = recipe.network()
     pixels, targets = torch.from_numpy(images).float().div(BRIGHTEST).unsqueeze(1), torch.from_numpy(labels).long()
-    steps = EPOCHS * (len(pixels) // BATCH)
-    optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1, cycle_momentum=False)
-    for epoch in range(EPOCHS):
+    steps = recipe.epochs * (len(pixels) // BATCH)
+    optimizer = recipe.optimizer(model)
+    highest = optimizer.param_groups[0]["lr"]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, highest, total_steps=steps, pct_start=0.1, cycle_momentum=False)
+    for epoch in range(recipe.epochs):
         order = torch.randperm(len(pixels), generator=generator)
         for chosen in order[: len(order) // BATCH * BATCH].split(BATCH):
             logits = model(TASK.normalise(augment(pixels[chosen], generator)))
@@ -59,19 +79,22 @@ def train(images: np.ndarray, labels: np.ndarray) -> nn.Module:
             optimizer.step()
             schedule.step()
         if epoch % 10 == 9:
-            print(f"epoch {epoch + 1} of {EPOCHS}: training loss {loss.item():.4f}", flush=True)
+            print(f"epoch {epoch + 1} of {recipe.epochs}: training loss {loss.item():.4f}", flush=True)
     return model.eval()
 
 
 def main() -> None:
     """Train, write both files, read them back and print the held-out accuracy."""
+    parser = argparse.ArgumentParser(description="Train an embedded network and write its weights into the package.")
+    parser.add_argument("network", choices=RECIPES)
+    name = parser.parse_args().network
     torch.set_num_threads(1)
     train_images, test_images, train_labels, test_labels = split()
-    model = train(train_images, train_labels)
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, FOLDER / "digits.safetensors")
+    model = train(RECIPES[name], train_images, train_labels)
+    state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+    save_file(state, FOLDER / f"{name.replace('-', '_')}.safetensors")
     np.savez_compressed(FOLDER / "digits_test.npz", images=test_images, labels=test_labels)
-    shipped, _ = digits()
+    shipped = load_network(name).model
     inputs, labels = held_out()
     with torch.no_grad():
         right = (shipped(inputs).argmax(1) == labels).sum().item()

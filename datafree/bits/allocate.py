@@ -46,7 +46,9 @@ def weight_widths(flow: Flow, target: Target) -> dict[str, int]:
     """
     _check_kept(flow, target)
     if len(target.widths) > 2:
-        raise TargetError(f"this method does not choose among the widths {target.weight_bits}: give one or two, or take method 'dfq'")
+        raise TargetError(
+            f"this method does not choose among the widths {target.weight_bits}: give one or two, or take method 'anchor' or 'dfq'"
+        )
     low, high = target.widths[0], target.widths[-1]
     given = roles(flow)
     widths = {}

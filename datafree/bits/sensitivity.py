@@ -20,6 +20,7 @@ from datafree.quant.grid import fake_quantize
 from datafree.quant.ranges import TINY, mse
 
 Energy = Callable[[str, Tensor], Tensor]
+Rounded = Callable[[Layer, Tensor, QSpec], Tensor]
 
 
 def per_output(layer: Layer, bits: int) -> QSpec:
@@ -40,28 +41,33 @@ def moments_energy(flow: Flow, inputs: Mapping[str, Moments], rho: float = RHO) 
     return energy
 
 
+def nearest(layer: Layer, weight: Tensor, spec: QSpec) -> Tensor:
+    """The weight rounded to nearest, scales of least squared error."""
+    return fake_quantize(weight, *mse(weight, spec), spec)
+
+
 @torch.no_grad()
 def distortions(
     flow: Flow,
     teacher: nn.Module,
-    inputs: Mapping[str, Moments],
-    widths: Sequence[int],
-    energy: Energy | None = None,
+    choices: Mapping[str, Sequence[int]],
+    energy: Energy,
     weight_spec: Callable[[Layer, int], QSpec] = per_output,
+    rounded: Rounded = nearest,
 ) -> dict[str, dict[int, float]]:
-    """D_l(b) of every layer and width: nearest rounding, scales of least squared error.
+    """D_l(b) of every layer in ``choices`` at each of its widths.
 
     Args:
         flow: of ``teacher``.
         teacher: the float network.
-        inputs: moments of the layers' inputs.
-        widths: bits to try.
-        energy: what an error of a weight costs at each output, if not :func:`moments_energy`.
+        choices: bits to try, by layer.
+        energy: what an error of a weight costs at each output, such as :func:`moments_energy`.
         weight_spec: the grid of a layer at so many bits.
+        rounded: the weight of a layer as it would become.
     """
-    energy = moments_energy(flow, inputs) if energy is None else energy
     found: dict[str, dict[int, float]] = {}
-    for name, layer in flow.layers.items():
+    for name, widths in choices.items():
+        layer = flow.layers[name]
         weight = teacher.get_submodule(name).weight
         assert isinstance(weight, Tensor)
         if layer.norm is None:
@@ -71,7 +77,6 @@ def distortions(
             gain, signal = (norm.gamma / norm.sigma).square(), norm.gamma.square().sum()
         found[name] = {}
         for bits in widths:
-            spec = weight_spec(layer, bits)
-            error = weight - fake_quantize(weight, *mse(weight, spec), spec)
+            error = weight - rounded(layer, weight, weight_spec(layer, bits))
             found[name][bits] = float((energy(name, error) * gain.to(weight)).sum() / signal.clamp(min=TINY))
     return found

@@ -1,79 +1,71 @@
-"""Activation ranges that minimise the expected squared error, from the mean and standard deviation of each channel alone.
+"""Ranges that minimise the expected squared error of tensors that are known by their distribution only.
 
-An activation is clipped to [0, alpha] after a ReLU, or to [-alpha, alpha] where it has a sign, and rounded to ``bits`` bits with one
-scale for all channels. What clipping costs is the second moment of the part beyond alpha; what rounding costs is step^2 / 12 wherever
-the value lies strictly inside. Before the ReLU each channel is normal or Laplacian with the given mean and standard deviation.
-
-The signed case is derived, no source gives it: the part below -alpha is the part of -x above alpha, so its cost is that of a channel
-of mean -mean; and the 2^(bits - 1) - 1 steps on either side of zero make the step alpha / (2^(bits - 1) - 1).
+A distribution is a list of values and the mass of each. Clipping costs the second moment of what lies beyond the range; rounding
+costs step^2 / 12 wherever a value lies strictly inside and is not 0, which has a code of its own.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from datafree.errors import NetworkError, TargetError
-from datafree.plan import WEIGHT_BITS
+from datafree.plan import WEIGHT_BITS, QSpec
+from datafree.quant.grid import has_zero_points
+from datafree.quant.ranges import channel_rows, from_range
 
 Model = Literal["gauss", "laplace"]
-ClipModel = Literal["gauss", "laplace", "mix"]
 
-_FAR = 12.0  # standard deviations beyond which no clip pays, at 8 bits and with Laplacian tails
-_COARSE, _FINE, _ROUNDS = 512, 33, 3  # points of the grid search: at first, then around the best, so often
-_WIDE = 6.0  # standard deviations that the range of 8-bit activations reaches
+_SCALES, _SMALLEST = 512, 1e-3  # scales tried, evenly spaced in their logarithm, and the smallest, relative to that of min-max
+_LIKE_GAUSS = ((2 / math.pi) ** 0.5 + 0.5**0.5) / 2  # mean |x| over standard deviation, halfway between the two models
 
 
-def expected_error(alpha: Tensor, mean: Tensor, sd: Tensor, bits: int, model: Model, signed: bool = False) -> Tensor:
-    """Expected squared error per position, summed over the channels, of clipping at each ``alpha`` and rounding: float64.
+@torch.no_grad()
+def best_range(models: Sequence[tuple[Tensor, Tensor]], spec: QSpec) -> tuple[Tensor, Tensor]:
+    """Scale and zero, float32, shape (), with the least expected squared error.
 
-    alpha: any shape, positive; mean, sd: (C,), of the values before the ReLU, sd >= 0 (that is |gamma| and beta of a batch norm);
-    ``signed``: there is no ReLU. Returns the shape of alpha. Raises NetworkError or TargetError on values that make no sense.
+    models: pairs of values and masses, each (n,). Where several models of one tensor are given, the range is best in the worst case: its
+    error, relative to the least that each model allows, is smallest for the model that it suits least. Raises TargetError unless
+    ``spec`` is uniform and asymmetric with one scale, NetworkError on values or masses that make no sense.
     """
-    _check(mean, sd, bits, model, get_args(Model))
-    alpha, mean = alpha.double().unsqueeze(-1), mean.double()
-    sd = sd.double().clamp(min=torch.finfo(torch.float32).tiny)
-    cost, above = _tail(alpha - mean, sd, model)
-    if signed:
-        lower_cost, below = _tail(alpha + mean, sd, model)
-        cost = cost + lower_cost
-        inside = 1 - above - below
-    else:
-        inside = _tail(-mean, sd, model)[1] - above
-    step = alpha / (2 ** (bits - 1) - 1 if signed else 2**bits - 1)
-    return torch.sum(cost + step.square() / 12 * inside.clamp(min=0), -1)
+    if not has_zero_points(spec) or spec.axis is not None:
+        raise TargetError(f"{spec}: a range by expected error takes an asymmetric uniform grid with one scale for the tensor")
+    for values, masses in models:
+        _check(values, masses)
+    low = torch.stack([values.double().amin() for values, _ in models]).amin().clamp(max=0)
+    high = torch.stack([values.double().amax() for values, _ in models]).amax().clamp(min=0)
+    if low == high:
+        return from_range(low, high, spec)
+    steps = spec.levels[1]
+    scale = (high - low) / steps * torch.logspace(math.log10(_SMALLEST), 0, _SCALES, dtype=torch.float64, device=low.device)[:, None]
+    zero = torch.arange(0 if high > 0 else steps, 1 + (steps if low < 0 else 0), device=low.device)
+    errors = torch.stack([expected_error(*model, scale, zero, steps) for model in models])
+    least = errors.flatten(1).amin(1)[:, None, None]
+    worst = torch.where(errors > least, errors / least, 1.0).amax(0)
+    row, column = divmod(int(worst.argmin()), zero.numel())
+    return scale[row, 0].float(), zero[column].float()
 
 
-def best_clip(mean: Tensor, sd: Tensor, bits: int, model: ClipModel, signed: bool = False) -> Tensor:
-    """The alpha of least :func:`expected_error`, float32, shape (); ``mix`` averages the errors of both models.
+def expected_error(values: Tensor, masses: Tensor, scale: Tensor, zero: Tensor, steps: int) -> Tensor:
+    """Expected squared error, float64, of the ranges from -scale zero to scale (steps - zero): clipped beyond, rounded inside.
 
-    A grid search over the whole range, then finer around its best point. Use ``mix`` below 8 bits: real activations have tails
-    between the two models. A tensor that is 0 throughout gets the alpha of step 1. Recompute it after any step that changes mean or sd.
+    values, masses: (n,). scale and zero broadcast to the shape of the result.
     """
-    _check(mean, sd, bits, model, get_args(ClipModel))
-    reach = (mean.abs() if signed else mean).double() + _FAR * sd.double()
-    widest = float(reach.max())
-    if widest <= 0:
-        return torch.tensor(float(2 ** (bits - 1) - 1 if signed else 2**bits - 1), device=mean.device)
-    models: tuple[Model, ...] = ("gauss", "laplace") if model == "mix" else (model,)
-    grid = torch.linspace(widest / _COARSE, widest, _COARSE, dtype=torch.float64, device=mean.device)
-    for _ in range(_ROUNDS):
-        error = torch.stack([expected_error(grid, mean, sd, bits, each, signed) for each in models]).sum(0)
-        at = int(error.argmin())
-        low, best, high = grid[max(at - 1, 0)], grid[at], grid[min(at + 1, len(grid) - 1)]
-        grid = torch.linspace(float(low), float(high), _FINE, dtype=torch.float64, device=mean.device)
-    return best.float()
+    values, order = values.double().sort()
+    sums = F.pad(torch.stack([masses.double()[order] * values**power for power in (0, 1, 2)]).cumsum(1), (1, 0))
+    bottom, top = -scale * zero, scale * (steps - zero)
+    under, upto = torch.searchsorted(values, top), torch.searchsorted(values, bottom, right=True)
+    at_zero = masses.double()[order][values == 0].sum() * ((zero > 0) & (zero < steps))
+    inside = (sums[0, under] - sums[0, upto] - at_zero).clamp(min=0)
+    return _beyond(sums[:, -1:, None] - sums[:, under], top) + _beyond(sums[:, upto], bottom) + scale.square() / 12 * inside
 
 
-def wide_range(mean: Tensor, sd: Tensor, low: float = -math.inf, high: float = math.inf) -> tuple[Tensor, Tensor]:
-    """Lowest mean - 6 sd and highest mean + 6 sd of the channels, held within the bounds of an activation function, such as 0 and 6.
-
-    Good at 8 bits only: at 4 bits it costs 5 to 7 dB against :func:`best_clip`. Nagel et al., arXiv 1906.04721; the 6 is that of
-    public implementations. mean, sd: (C,), before the activation function. Returns two tensors of shape ().
-    """
-    _check(mean, sd, 8, "gauss", get_args(Model))
-    return (mean - _WIDE * sd).amin().clamp(low, high), (mean + _WIDE * sd).amax().clamp(low, high)
+def _beyond(sums: Tensor, end: Tensor) -> Tensor:
+    """Sum of mass (value - end)^2 from the sums of mass times value to the powers 0, 1 and 2."""
+    return (sums[2] - 2 * end * sums[1] + end.square() * sums[0]).clamp(min=0)
 
 
 def aciq(spread: Tensor, bits: int, model: Model, one_sided: bool = False) -> Tensor:
@@ -103,25 +95,33 @@ def aciq(spread: Tensor, bits: int, model: Model, one_sided: bool = False) -> Te
     return spread * high
 
 
-def _tail(d: Tensor, sd: Tensor, model: Model) -> tuple[Tensor, Tensor]:
-    """E[(x - a)^2; x > a] and P(x > a) at d = a - mean, elementwise, float64, sd > 0."""
-    if model == "gauss":
-        t = d / sd
-        above = torch.erfc(t / math.sqrt(2)) / 2
-        density = torch.exp(-t.square() / 2) / math.sqrt(2 * math.pi)
-        return ((sd.square() + d.square()) * above - sd * d * density).clamp(min=0), above
-    scale = sd / math.sqrt(2)
-    decay = torch.exp(-d.abs() / scale)
-    second = torch.where(d > 0, scale.square() * decay, d.square() + scale.square() * (2 - decay))
-    return second, torch.where(d > 0, decay / 2, 1 - decay / 2)
+def aciq_range(x: Tensor, spec: QSpec, mass: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Scale and zero by :func:`aciq` around the mean, nowhere beyond min and max; each channel by the model that it is more like.
+
+    x: any shape; scale and zero: (C,), C the size of ``spec.axis``, or (). ``mass`` weighs each element and broadcasts to x. A tensor
+    without negative values on an asymmetric grid is one-sided: its zeros, which cost nothing, are left out. Raises TargetError for
+    grids that are not uniform, NetworkError on an empty tensor or one with NaN or infinity.
+    """
+    if spec.grid != "uniform":
+        raise TargetError(f"ACIQ's clips are those of uniform grids, not of the {spec.grid} one: choose another range")
+    rows = channel_rows(x, spec.axis)
+    weight = torch.ones_like(rows) if mass is None else channel_rows(mass.expand_as(x), spec.axis)
+    one_sided = has_zero_points(spec) and bool((rows >= 0).all())
+    if one_sided:
+        weight = weight * (rows > 0)
+    share = weight / weight.sum(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
+    centre = torch.zeros_like(rows[:, :1]) if one_sided else (share * rows).sum(1, keepdim=True)
+    size = (share * (rows - centre).abs()).sum(1)
+    deviation = (share * (rows - centre).square()).sum(1).sqrt()
+    gauss, laplace = aciq(deviation, spec.bits, "gauss", one_sided), aciq(size, spec.bits, "laplace", one_sided)
+    clip = torch.where(size > _LIKE_GAUSS * deviation, gauss, laplace)[:, None]
+    low, high = (centre - clip).clamp(min=rows.amin(1, keepdim=True)), (centre + clip).clamp(max=rows.amax(1, keepdim=True))
+    scale, zero = from_range(low[:, 0], high[:, 0], spec)
+    return (scale[0], zero[0]) if spec.axis is None else (scale, zero)
 
 
-def _check(mean: Tensor, sd: Tensor, bits: int, model: str, models: tuple[str, ...]) -> None:
-    if model not in models:
-        raise TargetError(f"unknown model of activations {model!r}: choose from {', '.join(models)}")
-    if bits not in WEIGHT_BITS:
-        raise TargetError(f"{bits} bits are not supported: choose from {', '.join(map(str, WEIGHT_BITS))}")
-    if mean.dim() != 1 or mean.shape != sd.shape or mean.numel() == 0:
-        raise NetworkError(f"mean {tuple(mean.shape)} and sd {tuple(sd.shape)}: expected one entry of each per channel, (C,)")
-    if not bool(torch.isfinite(mean).all() & torch.isfinite(sd).all() & (sd >= 0).all()):
-        raise NetworkError("mean or sd of a channel is NaN or infinite, or sd is negative: hand in |gamma| of its batch norm")
+def _check(values: Tensor, masses: Tensor) -> None:
+    if values.dim() != 1 or masses.shape != values.shape or not values.numel():
+        raise NetworkError(f"values {tuple(values.shape)} and masses {tuple(masses.shape)} do not fit: expected (n,) and a mass for each")
+    if not bool(torch.isfinite(values).all() & torch.isfinite(masses).all() & (masses >= 0).all()):
+        raise NetworkError("a value or a mass is NaN or infinite, or a mass is negative: hand in finite moments")

@@ -12,10 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from datafree.closed.moments import RHO, Moments
+from datafree.closed.rounding import energy, moment_hessian
 from datafree.graph.flow import Flow, Layer
 from datafree.graph.fold import by_outputs, from_outputs
 
 PATCHES = 6000  # sampled from one batch, at most
+Places = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Gram:
 
     Args:
         mean: (groups, n), n = channels of a group times taps.
-        cov: (groups, n, n), about the mean.
+        cov: about the mean, (groups, n, n), or (groups * blocks, n / blocks, n / blocks) if only blocks on the diagonal are not 0.
     """
 
     mean: Tensor
@@ -33,14 +36,17 @@ class Gram:
 
 @dataclass
 class Sums:
-    """Running sums of patches, from which a :class:`Gram` follows."""
+    """Running sums of patches about the mean of the first ones, from which a :class:`Gram` follows."""
 
     count: int = 0
+    centre: Tensor | None = None
     first: Tensor | None = None
     second: Tensor | None = None
 
     def add(self, patches: Tensor) -> None:
         """Count in ``patches``, (groups, samples, n)."""
+        self.centre = patches.mean(1, keepdim=True) if self.centre is None else self.centre
+        patches = patches - self.centre
         first, second = patches.sum(1), patches.transpose(1, 2) @ patches
         self.count += patches.shape[1]
         self.first = first if self.first is None else self.first + first
@@ -48,9 +54,9 @@ class Sums:
 
     def gram(self) -> Gram:
         """Mean and covariance of all that was counted in."""
-        assert self.first is not None and self.second is not None
+        assert self.centre is not None and self.first is not None and self.second is not None
         mean = self.first / self.count
-        return Gram(mean, self.second / self.count - mean[:, :, None] * mean[:, None, :])
+        return Gram(mean + self.centre.squeeze(1), self.second / self.count - mean[:, :, None] * mean[:, None, :])
 
 
 def grams(model: nn.Module, flow: Flow, names: Iterable[str], inputs: Tensor, generator: torch.Generator) -> dict[str, Gram]:
@@ -64,6 +70,16 @@ def grams(model: nn.Module, flow: Flow, names: Iterable[str], inputs: Tensor, ge
     return {name: sums.gram() for name, sums in found.items()}
 
 
+def moment_gram(layer: Layer, inputs: Moments, rho: float = RHO) -> Gram:
+    """Statistics without any picture: channels are independent, the taps of one correlate by ``rho`` to their distance.
+
+    inputs: moments per input channel, (in,), as ``closed.propagate.layer_inputs`` gives them; padding is left out of account.
+    """
+    kernel = layer.kernel if layer.kind == "conv" else ()
+    cov = moment_hessian(inputs.var, kernel, rho)
+    return Gram(inputs.mean.repeat_interleave(cov.shape[2]).view(layer.groups, -1), cov)
+
+
 @contextmanager
 def watching(model: nn.Module, flow: Flow, sums: Mapping[str, Sums], generator: torch.Generator) -> Iterator[None]:
     """Count the inputs of layers into ``sums`` for as long as the context lasts."""
@@ -71,10 +87,11 @@ def watching(model: nn.Module, flow: Flow, sums: Mapping[str, Sums], generator: 
     for name, found in sums.items():
         module, layer = model.get_submodule(name), flow.layers[name]
 
-        def watch(module: nn.Module, args: tuple[Tensor, ...], layer: Layer = layer, found: Sums = found) -> None:
-            found.add(patches(module, layer, args[0], generator))
+        def watch(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, layer: Layer = layer, found: Sums = found) -> None:
+            places = places_of(args[0] if layer.kind == "conv_transpose" else output, layer, generator)
+            found.add(patches(module, layer, args[0], places))
 
-        handles.append(module.register_forward_pre_hook(watch))
+        handles.append(module.register_forward_hook(watch))
     try:
         yield
     finally:
@@ -82,24 +99,33 @@ def watching(model: nn.Module, flow: Flow, sums: Mapping[str, Sums], generator: 
             handle.remove()
 
 
-def patches(module: nn.Module, layer: Layer, x: Tensor, generator: torch.Generator) -> Tensor:
-    """What sampled outputs of the layer see of its input ``x``: (groups, samples, n)."""
+def patches(module: nn.Module, layer: Layer, x: Tensor, places: Places) -> Tensor:
+    """What the outputs at ``places`` see of the layer's input ``x``: (groups, samples, n)."""
     if layer.kind == "linear":
-        rows = x.reshape(1, -1, x.shape[-1])
-        return rows if rows.shape[1] <= PATCHES else rows[:, torch.randperm(rows.shape[1], generator=generator, device=x.device)[:PATCHES]]
+        return x.flatten(0, -2)[places[0]][None]
     spatial = x.dim() - 2
     if layer.kind == "conv":
         x = F.pad(x, _padding(module, spatial), mode="constant" if module.padding_mode == "zeros" else str(module.padding_mode))
         kernel, stride, dilation = (tuple(getattr(module, key)) for key in ("kernel_size", "stride", "dilation"))
     else:
         kernel, stride, dilation = (1,) * spatial, (1,) * spatial, (1,) * spatial
-    sizes = [(size - d * (k - 1) - 1) // s + 1 for size, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)]
-    places = _sample((x.shape[0], *sizes), generator, x.device)
     taps = torch.cartesian_prod(*(torch.arange(k, device=x.device) for k in kernel)).view(-1, spatial)
     at = [places[axis + 1][:, None] * stride[axis] + taps[:, axis] * dilation[axis] for axis in range(spatial)]  # (samples, taps)
     seen = x.movedim(1, -1)[(places[0][:, None], *at)]  # (samples, taps, channels)
     per_group = seen.view(*seen.shape[:2], layer.groups, -1).permute(2, 0, 3, 1)
     return per_group.reshape(layer.groups, seen.shape[0], -1)
+
+
+def places_of(output: Tensor, layer: Layer, generator: torch.Generator) -> Places:
+    """At most PATCHES random places of what a layer puts out, one index tensor an axis: batch and space, or rows of a linear layer."""
+    sizes = (output.shape[:-1].numel(),) if layer.kind == "linear" else (output.shape[0], *output.shape[2:])
+    return _sample(sizes, generator, output.device)
+
+
+def sampled_outputs(output: Tensor, layer: Layer, places: Places) -> Tensor:
+    """What a layer puts out at ``places``: (groups, samples, out / groups)."""
+    rows = output.flatten(0, -2)[places[0]] if layer.kind == "linear" else output.movedim(1, -1)[places]
+    return rows.view(rows.shape[0], layer.groups, -1).transpose(0, 1)
 
 
 def rows_of(weight: Tensor, layer: Layer) -> Tensor:
@@ -128,8 +154,7 @@ def output_mean(change: Tensor, gram: Gram, layer: Layer) -> Tensor:
 
 def output_energy(weight: Tensor, gram: Gram, layer: Layer) -> Tensor:
     """Variance of each output that the weight, in its own shape, would have: (out,)."""
-    rows = rows_of(weight, layer)
-    return _per_output(((rows @ gram.cov) * rows).sum(2), layer)
+    return _per_output(energy(rows_of(weight, layer), gram.cov), layer)
 
 
 def _per_output(rows: Tensor, layer: Layer) -> Tensor:
@@ -150,7 +175,7 @@ def _padding(module: nn.Module, spatial: int) -> list[int]:
     return [size for size in reversed(tuple(padding)) for _ in range(2)]  # type: ignore[arg-type]
 
 
-def _sample(sizes: tuple[int, ...], generator: torch.Generator, device: torch.device) -> list[Tensor]:
+def _sample(sizes: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Places:
     """Indices of at most PATCHES places in an array of ``sizes``, one tensor an axis."""
     total = 1
     for size in sizes:
@@ -159,4 +184,4 @@ def _sample(sizes: tuple[int, ...], generator: torch.Generator, device: torch.de
         flat = torch.arange(total, device=device)
     else:
         flat = torch.randint(total, (PATCHES,), generator=generator, device=device)
-    return list(torch.unravel_index(flat, sizes))
+    return tuple(torch.unravel_index(flat, sizes))

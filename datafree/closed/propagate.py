@@ -4,7 +4,7 @@ A batch norm makes its output N(beta, gamma^2) whatever stands before it, so onl
 and only on demand. Every value is a pair of maps, means and variances, of the shape of the activation. What is assumed:
 
 - the network's input has mean 0 and variance 1; what a norm gives is normal and its channels are independent;
-- the two sides of an addition or a product are independent (unless they are the same value);
+- the two sides of an addition (unless told otherwise) or a product are independent (unless they are the same value);
 - averaging over positions keeps the variance, as if the pixels of a channel were one (an upper bound);
 - a layer sees the average variance of each input channel, and neighbouring pixels correlate by ``RHO``;
 - what is not listed in ``_RULES`` (softmax, matrix products, ...) gives unknown moments, and so does all that depends on
@@ -53,9 +53,9 @@ def layer_inputs(flow: Flow, model: nn.Module) -> dict[str, Moments]:
 
 
 @torch.no_grad()
-def node_moments(flow: Flow, model: nn.Module, indices: Iterable[int]) -> dict[int, Moments]:
-    """Moments of the given nodes of the tape, in the shape of their values. Raises NetworkError for a tuple of tensors."""
-    return dict(_evaluate(flow, model, set(indices)))
+def node_moments(flow: Flow, model: nn.Module, indices: Iterable[int], correlation: float = 0.0) -> dict[int, Moments]:
+    """Moments of nodes, in the shape of their values; ``correlation``: of the sides of sums. Raises NetworkError for a tuple of tensors."""
+    return dict(_evaluate(flow, model, set(indices), correlation))
 
 
 def _average(seen: list[Moments]) -> Moments:
@@ -64,7 +64,7 @@ def _average(seen: list[Moments]) -> Moments:
     return Moments(torch.stack([each.mean for each in seen]).mean(0), torch.stack([each.var for each in seen]).mean(0))
 
 
-def _evaluate(flow: Flow, model: nn.Module, wanted: set[int]) -> Iterator[tuple[int, Moments]]:
+def _evaluate(flow: Flow, model: nn.Module, wanted: set[int], correlation: float = 0.0) -> Iterator[tuple[int, Moments]]:
     """The wanted nodes in order; a map lives only until its last use."""
     needed = set(wanted)
     for node in reversed(flow.nodes):
@@ -73,7 +73,7 @@ def _evaluate(flow: Flow, model: nn.Module, wanted: set[int]) -> Iterator[tuple[
     uses = Counter(each for index in needed for each in set(_sources(flow, flow.nodes[index])))
     values: dict[int, Value] = {}
     for index in sorted(needed):
-        value = _value(_Step(flow, flow.nodes[index], model, values))
+        value = _value(_Step(flow, flow.nodes[index], model, values, correlation))
         if index in wanted:
             if not isinstance(value, Moments):
                 raise NetworkError(f"node {index} ({flow.nodes[index].op}) is a tuple of tensors: ask for the items it is taken apart into")
@@ -116,6 +116,7 @@ class _Step:
     node: Node
     model: nn.Module
     values: Mapping[int, Value]
+    correlation: float
 
     @property
     def call(self) -> Call:
@@ -285,8 +286,8 @@ def _operands(step: _Step) -> list[object]:
 
 
 def _sum(step: _Step) -> Moments:
-    """Of independent values, and of a value with itself."""
-    signs = list(_SIGNS[step.node.op])
+    """Of values with the given correlation, 0 by default, and of a value with itself."""
+    signs, rho = list(_SIGNS[step.node.op]), step.correlation
     alpha = step.call.kwargs.get("alpha", 1)
     assert isinstance(alpha, (int, float))
     signs[0 if step.node.op == "rsub" else -1] *= alpha
@@ -303,7 +304,7 @@ def _sum(step: _Step) -> Moments:
     def combine(offset: Tensor, *maps: Tensor) -> tuple[Tensor, Tensor]:
         mean, var = offset, torch.zeros_like(offset)
         for factor, each_mean, each_var in zip(factors.values(), maps[::2], maps[1::2], strict=True):
-            mean, var = mean + factor * each_mean, var + factor**2 * each_var
+            mean, var = mean + factor * each_mean, var + factor**2 * each_var + 2 * rho * abs(factor) * (var * each_var).sqrt()
         return mean, var
 
     maps = [each for index in factors for each in (step.moments(index).mean, step.moments(index).var)]

@@ -28,7 +28,8 @@ def error_feedback(
 
     Args:
         weight: (groups, out, n), any float dtype.
-        hessian: (groups, n, n), or (n, n) for one group.
+        hessian: (groups, n, n), or (n, n) for one group; (groups * blocks, n / blocks, n / blocks) where it is block-diagonal, which
+            takes n / blocks steps only.
         scale: (groups, out) or what broadcasts to it.
         spec: the grid; its axis does not matter here.
         zero: like ``scale``; None for the zero that the grid implies.
@@ -36,15 +37,18 @@ def error_feedback(
 
     Raises NetworkError where shapes do not fit, an asymmetric grid has no zero, or H cannot be factored.
     """
-    groups, outputs, n = _check(weight, hessian, spec, zero)
+    blocks = _check(weight, hessian, spec, zero)
     grid = replace(spec, axis=None)
-    scale = scale.float().expand(groups, outputs)
-    zero = torch.full_like(scale, spec.levels[1] / 2 if spec.grid == "dorefa" else 0.0) if zero is None else zero.expand(groups, outputs)
+    scale = scale.float().expand(weight.shape[:2]).repeat_interleave(blocks, 0)
+    zero = torch.zeros(()) + (spec.levels[1] / 2 if spec.grid == "dorefa" else 0.0) if zero is None else zero
+    zero = zero.to(scale).expand(weight.shape[:2]).repeat_interleave(blocks, 0)
+    apart = split(weight.detach().float(), blocks)
+    groups, outputs, n = apart.shape
     hessian = hessian.expand(groups, n, n)
     order = hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, stable=True)  # rising: the last column is rounded first
     share = _shares(hessian, order, damping)
     places = order[:, :, None].expand(groups, n, outputs)
-    rest = weight.detach().float().transpose(1, 2).gather(1, places)  # of columns done: their errors w - q
+    rest = apart.transpose(1, 2).gather(1, places)  # of columns done: their errors w - q
     codes = torch.empty_like(rest, dtype=torch.int16)
     block = min(128, max(8, _BLOCK // (groups * outputs)))  # columns between two products with the errors of all columns done
     for stop in range(n, 0, -block):
@@ -54,7 +58,26 @@ def error_feedback(
             codes[:, j] = quantize(wanted[:, j - start], scale, zero, grid)
             rest[:, j] -= dequantize(codes[:, j], scale, zero, grid)
             wanted[:, : j - start].addcmul_(share[:, j, start:j, None], rest[:, j, None])
-    return torch.empty_like(codes).scatter_(1, places, codes).transpose(1, 2).contiguous()
+    return merge(torch.empty_like(codes).scatter_(1, places, codes).transpose(1, 2), blocks).contiguous()
+
+
+def split(rows: Tensor, blocks: int) -> Tensor:
+    """The columns of (groups, out, n) in so many equal parts, each a group of its own: (groups * blocks, out, n / blocks)."""
+    groups, outputs, n = rows.shape
+    return rows.reshape(groups, outputs, blocks, n // blocks).transpose(1, 2).reshape(groups * blocks, outputs, n // blocks)
+
+
+def merge(parts: Tensor, blocks: int) -> Tensor:
+    """The inverse of :func:`split`."""
+    every, outputs, n = parts.shape
+    return parts.reshape(every // blocks, blocks, outputs, n).transpose(1, 2).reshape(every // blocks, outputs, blocks * n)
+
+
+def energy(rows: Tensor, hessian: Tensor) -> Tensor:
+    """``w H w^T`` of every row w, (groups, out). rows: (groups, out, n); hessian as for :func:`error_feedback`, dense or in blocks."""
+    blocks = len(hessian) // len(rows)
+    parts = split(rows, blocks)
+    return ((parts @ hessian) * parts).sum(2).view(len(rows), blocks, -1).sum(1)
 
 
 def shrink(hessian: Tensor, share: float = 0.2) -> Tensor:
@@ -72,17 +95,20 @@ def moment_hessian(var: Tensor, kernel: tuple[int, ...], rho: float = RHO) -> Te
     return var[:, None, None] * tap_correlation(kernel, rho).to(var)
 
 
-def _check(weight: Tensor, hessian: Tensor, spec: QSpec, zero: Tensor | None) -> tuple[int, int, int]:
-    if weight.dim() != 3 or hessian.shape not in ((weight.shape[0], weight.shape[2], weight.shape[2]), (weight.shape[2],) * 2):
+def _check(weight: Tensor, hessian: Tensor, spec: QSpec, zero: Tensor | None) -> int:
+    """The number of diagonal blocks that H is made of."""
+    if weight.dim() == 3 and hessian.dim() == 2 and weight.shape[0] != 1:
+        raise NetworkError(f"one Hessian of shape {tuple(hessian.shape)} for {weight.shape[0]} groups: give one for each")
+    blocks = len(hessian) // len(weight) if hessian.dim() == 3 else 1
+    size = (len(weight) * blocks, *(weight.shape[-1] // max(blocks, 1),) * 2)
+    if weight.dim() != 3 or hessian.shape not in (size, size[1:]) or blocks * size[1] != weight.shape[2]:
         raise NetworkError(
             f"a weight of shape {tuple(weight.shape)} and a Hessian of shape {tuple(hessian.shape)} do not fit: "
-            "expected (groups, out, n) and (groups, n, n)"
+            "expected (groups, out, n) and (groups, n, n), or blocks on the diagonal of that"
         )
-    if hessian.dim() == 2 and weight.shape[0] != 1:
-        raise NetworkError(f"one Hessian of shape {tuple(hessian.shape)} for {weight.shape[0]} groups: give one for each")
     if zero is None and has_zero_points(spec):
         raise NetworkError(f"an asymmetric grid of {spec.bits} bits needs zero points as well as scales: pass zero")
-    return weight.shape[0], weight.shape[1], weight.shape[2]
+    return blocks
 
 
 def _shares(hessian: Tensor, order: Tensor, damping: float) -> Tensor:

@@ -5,28 +5,37 @@ Legend: H the covariance of a layer's input patches, m their mean, W the float w
 
 import copy
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 from torch import Tensor, nn
 
 from datafree.bits.allocate import make_plan
+from datafree.bits.search import allowed, is_mixed, mixed_widths
+from datafree.bits.sensitivity import distortions
 from datafree.closed.absorb import own_norms, set_statistics, shift_output
-from datafree.closed.gram import Gram, from_rows, grams, output_energy, output_mean, rows_of
+from datafree.closed.gram import Gram, from_rows, grams, moment_gram, output_energy, output_mean, rows_of
+from datafree.closed.propagate import layer_inputs
+from datafree.closed.ranges import closed_ranges
 from datafree.closed.recalibrate import spread_ratio
+from datafree.closed.refine import refine
 from datafree.closed.regress import divergence, regress_norms
 from datafree.closed.rounding import error_feedback, shrink
+from datafree.closed.successive import successive
 from datafree.context import Ctx
 from datafree.graph.flow import Flow, Layer, read
 from datafree.graph.fold import BatchNorm, norm_vectors
 from datafree.graph.taps import anchored
 from datafree.method import Method, method, option
 from datafree.plan import Plan, QSpec, Target
-from datafree.quant.grid import broadcast, quantize
+from datafree.quant.grid import broadcast, dequantize, quantize
 from datafree.quant.insert import assign, effective_weight, insert, latent_weight, quantizers
 from datafree.quant.observe import observe
 from datafree.quant.ranges import mse
 from datafree.synth.prior import Family, pictures
 from datafree.task import Task
+
+REFINED_BITS = 4  # up to so many bits codes and scales are chosen together: above, it gains next to nothing
 
 
 @method("anchor")
@@ -35,47 +44,100 @@ class Anchor(Method):
 
     Pictures of occluding shapes run through the network while every batch norm normalises by the batch: each channel then has
     the mean and variance that the network knows from its data, and the pictures supply the correlations. No training.
+    Without any picture: ``statistics="moments"``, ``own_inputs=False``, ``act_range="moments"`` and ``recalibration="none"``.
     """
 
     family: Family = option("mix", "the procedural pictures: dead leaves, pink noise, white noise, or leaves and pink")
+    statistics: Literal["pictures", "moments"] = option(
+        "pictures", "what is known of the layers' inputs: from pictures, or batch norms alone"
+    )
     shrinkage: float = option(0.2, "how far the covariance is drawn to its diagonal", at_least=0.0, at_most=1.0)
     feedback: bool = option(True, "round with error feedback; else to nearest")
+    refine: bool = option(True, "up to 4 bits, choose codes and scales together; else one pass of error feedback")
+    own_inputs: bool = option(True, "round once more, layer after layer, with each layer's inputs as the student has them")
     match_mean: bool = option(True, "keep the mean of each layer's output")
     match_spread: bool = option(True, "keep the variance of each layer's output")
+    act_range: Literal["pictures", "moments"] = option(
+        "pictures", "activation ranges of least squared error: on pictures, or in closed form"
+    )
     recalibration: Literal["auto", "regression", "spread", "none"] = option(
         "auto", "bring the student's batch norms back to the teacher one by one: by regression, by matching the spread, or what agrees best"
     )
 
     def run(self, teacher: nn.Module, task: Task, target: Target, ctx: Ctx) -> nn.Module:
-        """Make the student: plan, measure, round, range, recalibrate."""
+        """Make the student: measure, plan, round, range, recalibrate."""
         flow = read(teacher, task, ctx)
-        plan = make_plan(flow, teacher, target, _spec, ctx)
+        drawn = "pictures" in (self.statistics, self.act_range) or self.own_inputs or self.recalibration != "none"
+        inputs = pictures(self.family, _count(task), task, ctx.generator) if drawn else None
+        statistics = self._statistics(teacher, flow, target, inputs, ctx)
+        plan = make_plan(flow, teacher, target, _spec, ctx, self._widths(flow, teacher, target, statistics))
         student = insert(teacher, plan)
-        inputs = pictures(self.family, _count(task), task, ctx.generator)
         norms = own_norms(student, flow)
-        with anchored(teacher):
-            statistics = grams(teacher, flow, plan.layers, inputs, ctx.generator)
-            for step, (name, layer_plan) in enumerate(plan.layers.items(), 1):
-                layer, module, gram = flow.layers[name], student.get_submodule(name), statistics.pop(name)
-                full = latent_weight(module).detach().clone()
-                self._round(module, layer, layer_plan.weight, gram)
-                self._correct(student, layer, full, gram, norms.get(name))
-                ctx.progress("round", step, len(plan.layers))
-            self._range(teacher, student, task, inputs)
+        for step, (name, layer_plan) in enumerate(plan.layers.items(), 1):
+            layer, module, gram = flow.layers[name], student.get_submodule(name), statistics.pop(name)
+            full = latent_weight(module).detach().clone()
+            assign(module, *self._round(full, layer, layer_plan.weight, gram))
+            self._correct(student, layer, full, gram, norms.get(name))
+            ctx.progress("round", step, len(plan.layers))
+        self._range(teacher, student, flow, task, inputs)
+        if inputs is None:
+            return student
+        if self.own_inputs:
+            self._round_again(teacher, student, flow, plan, inputs, ctx)
         return self._recalibrate(teacher, student, flow, task, inputs, ctx)
 
-    def _round(self, module: nn.Module, layer: Layer, spec: QSpec, gram: Gram) -> None:
-        """A scale by the error that matters, then error feedback over the columns."""
-        weight = latent_weight(module).detach()
+    def _round_again(self, teacher: nn.Module, student: nn.Module, flow: Flow, plan: Plan, inputs: Tensor, ctx: Ctx) -> None:
+        """Layer after layer, with its inputs as the student has them and what they lost made good; batch norms follow by regression."""
+        done = 0
+
+        def rewrite(name: str, wanted: Tensor, gram: Gram) -> None:
+            nonlocal done
+            assign(student.get_submodule(name), *self._round(wanted, flow.layers[name], plan.layers[name].weight, gram))
+            ctx.progress("round again", done := done + 1, len(plan.layers))
+
+        with anchored(teacher), successive(teacher, student, flow, plan.layers, rewrite, ctx.generator):
+            regress_norms(teacher, student, flow, inputs, ctx.generator)
+
+    def _statistics(self, teacher: nn.Module, flow: Flow, target: Target, inputs: Tensor | None, ctx: Ctx) -> dict[str, Gram]:
+        """Of the inputs of every layer that is quantized."""
+        names = [name for name in flow.layers if name not in target.keep]
+        if self.statistics == "moments" or inputs is None:
+            known = layer_inputs(flow, teacher)
+            if blind := [name for name in names if not known[name].known]:
+                ctx.note(f"batch norms tell nothing of the inputs of these layers, whose channels count alike: {', '.join(blind)}")
+            return {name: moment_gram(flow.layers[name], known[name]) for name in names}
+        with anchored(teacher):
+            return grams(teacher, flow, names, inputs, ctx.generator)
+
+    def _widths(self, flow: Flow, teacher: nn.Module, target: Target, statistics: Mapping[str, Gram]) -> dict[str, int] | None:
+        """The width of each layer under a budget, by what this very rounding would lose with it."""
+        if not is_mixed(target):
+            return None
+
+        def rounded(layer: Layer, weight: Tensor, spec: QSpec) -> Tensor:
+            codes, scale, zero = self._round(weight, layer, spec, statistics[layer.name])
+            return dequantize(codes, scale, zero, spec)
+
+        def energy(name: str, weight: Tensor) -> Tensor:
+            return output_energy(weight, statistics[name], flow.layers[name])
+
+        return mixed_widths(flow, teacher, target, distortions(flow, teacher, allowed(flow, target), energy, _spec, rounded), _spec)
+
+    def _round(self, weight: Tensor, layer: Layer, spec: QSpec, gram: Gram) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, scale and zero: a scale by the error that matters, then error feedback over the columns."""
         rows = rows_of(weight, layer)
-        importance = gram.cov.diagonal(dim1=1, dim2=2)[:, None].expand(rows.shape)
+        importance = gram.cov.diagonal(dim1=1, dim2=2).reshape(layer.groups, 1, -1).expand(rows.shape)
         scale, zero = mse(weight, spec, from_rows(importance, layer))
-        if self.feedback:
-            per_row = rows_of(broadcast(scale, spec, weight).expand(weight.shape), layer)[..., 0]
-            codes = from_rows(error_feedback(rows, shrink(gram.cov, self.shrinkage), per_row, spec), layer)
+        if not self.feedback:
+            return quantize(weight, scale, zero, spec), scale, zero
+        per_row = rows_of(broadcast(scale, spec, weight).expand(weight.shape), layer)[..., 0]
+        hessian = shrink(gram.cov, self.shrinkage)
+        if self.refine and spec.bits <= REFINED_BITS and layer.kind != "conv_transpose":  # whose scales serve several rows
+            codes, per_row = refine(rows, hessian, per_row, spec)
+            scale = per_row.flatten()
         else:
-            codes = quantize(weight, scale, zero, spec)
-        assign(module, codes, scale, zero)
+            codes = error_feedback(rows, hessian, per_row, spec)
+        return from_rows(codes, layer), scale, zero
 
     def _correct(self, student: nn.Module, layer: Layer, full: Tensor, gram: Gram, norm: BatchNorm | None) -> None:
         """Keep mean and variance of the output: in its own batch norm, or in the layer's bias and scale."""
@@ -105,15 +167,20 @@ class Anchor(Method):
             ctx.progress("recalibrate", step, len(powers))
         return best
 
-    def _range(self, teacher: nn.Module, student: nn.Module, task: Task, inputs: Tensor) -> None:
-        """Clips of least squared error, from the float network on the pictures."""
+    def _range(self, teacher: nn.Module, student: nn.Module, flow: Flow, task: Task, inputs: Tensor | None) -> None:
+        """Clips of least squared error for the float network's activations, on the pictures or in closed form."""
         points = {point: quantizer.spec for point, quantizer in quantizers(student).items()}
-        if points:
+        if not points:
+            return
+        if self.act_range == "moments" or inputs is None:
+            found = closed_ranges(flow, teacher, points, task)
+        else:
             probe = insert(teacher, Plan({}, points))
             with anchored(probe):
                 observe(probe, [inputs], "mse", task.run)
-            for point, quantizer in quantizers(probe).items():
-                quantizers(student)[point].set(quantizer.scale, quantizer.zero)
+            found = {point: (quantizer.scale, quantizer.zero) for point, quantizer in quantizers(probe).items()}
+        for point, quantizer in quantizers(student).items():
+            quantizer.set(*found[point])
 
 
 def _spec(layer: Layer, bits: int) -> QSpec:

@@ -4,22 +4,24 @@ Legend: beta, gamma mean and standard deviation of a channel behind its batch no
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from datafree.bits.allocate import make_plan
 from datafree.bits.search import allowed, is_mixed, mixed_widths
-from datafree.bits.sensitivity import distortions
+from datafree.bits.sensitivity import distortions, moments_energy
 from datafree.closed.absorb import own_norms, shift_output
 from datafree.closed.correct import output_shift
 from datafree.closed.equalize import absorb_biases, equalize_layers, fold_weights
 from datafree.closed.moments import Moments
-from datafree.closed.propagate import layer_inputs, node_moments
+from datafree.closed.propagate import layer_inputs
+from datafree.closed.ranges import activate, follow, pixel_ends, point_nodes, source_moments, sources
 from datafree.context import Ctx
-from datafree.graph.flow import ACTIVATIONS, POOLS, Flow, Layer, read
+from datafree.graph.flow import ACTIVATIONS, Flow, Layer, read
 from datafree.graph.fold import by_outputs
-from datafree.graph.tape import Name, Node, Ref, repeat
+from datafree.graph.tape import Node
 from datafree.method import Method, method, option
 from datafree.plan import QSpec, Target
 from datafree.quant.insert import effective_weight, insert, latent_weight, quantizers
@@ -90,94 +92,57 @@ class DFQ(Method):
     def _widths(self, flow: Flow, model: nn.Module, target: Target, inputs: Mapping[str, Moments]) -> dict[str, int] | None:
         if not is_mixed(target):
             return None
-        widths = sorted({bits for each in allowed(flow, target).values() for bits in each})
-        lost = distortions(flow, model, inputs, widths, weight_spec=self._spec)
+        lost = distortions(flow, model, allowed(flow, target), moments_energy(flow, inputs), self._spec)
         return mixed_widths(flow, model, target, lost, self._spec)
 
     def _range(self, student: nn.Module, flow: Flow, model: nn.Module, task: Task, ctx: Ctx) -> None:
         """Every activation range: in closed form where moments are known, from noise where not."""
         points = quantizers(student)
-        nodes = {point: _nodes(flow, point) for point in points}
-        roots = {root for found in nodes.values() for index in found for root in _roots(flow, index)}
-        moments = node_moments(flow, model, roots)
-        bounds = {point: [_bounds(flow, model, moments, task, index, self.sigmas) for index in found] for point, found in nodes.items()}
-        blind = [point for point, found in bounds.items() if not found or None in found]
+        nodes = {point: point_nodes(flow, point) for point in points}
+        moments = source_moments(flow, model, (index for found in nodes.values() for index in found))
+        ends = _Ends(flow, model, moments, pixel_ends(task), self.sigmas)
+        blind = [point for point, found in nodes.items() if not found or not all(map(ends.known, found))]
         if blind:
             ctx.note(f"activation ranges from noise, as batch norms do not tell them: {', '.join(blind)}")
             observe_noise(student, task, "minmax", ctx)
-        for point, found in bounds.items():
-            if point not in blind:
-                known = torch.tensor([each for each in found if each is not None], device=ctx.device)
-                points[point].set(*from_range(known[:, 0].amin(), known[:, 1].amax(), points[point].spec))
+        for point in set(points).difference(blind):
+            low, high = _widest([follow(flow, index, ends.source, ends.join) for index in nodes[point]])
+            points[point].set(*from_range(torch.tensor(low, device=ctx.device), torch.tensor(high, device=ctx.device), points[point].spec))
 
 
-def _nodes(flow: Flow, point: str) -> list[int]:
-    """The nodes that pass a point, one a call; empty where the tape does not tell."""
-    name, _, side = point.rpartition(":")
-    found = [call.input if side == "input" else call.output for call in flow.calls_of.get(name, ())]
-    known = [index for index in found if index is not None]
-    return known if len(known) == len(found) else []
+Ends = tuple[float, float]
 
 
-def _passes(node: Node) -> bool:
-    """Whether the range of ``node`` follows from those of its inputs."""
-    return node.op == "cat" or len(node.inputs) == 1 and node.call is not None and node.op in ACTIVATIONS | POOLS
+@dataclass(frozen=True)
+class _Ends:
+    """Smallest and largest value of nodes."""
+
+    flow: Flow
+    model: nn.Module
+    moments: Mapping[int, Moments]
+    pixels: Ends | None
+    sigmas: float
+
+    def known(self, index: int) -> bool:
+        found = sources(self.flow, index)
+        return all(each in self.moments if self.flow.nodes[each].op != "input" else self.pixels is not None for each in found)
+
+    def source(self, node: Node) -> Ends:
+        if node.op == "input" and self.pixels is not None:
+            return self.pixels
+        mean, reach = self.moments[node.index].mean, self.sigmas * self.moments[node.index].var.sqrt()
+        return float((mean - reach).min()), float((mean + reach).max())
+
+    def join(self, node: Node, found: list[Ends]) -> Ends:
+        return self._activated(node, _widest(found)) if node.op in ACTIVATIONS else _widest(found)
+
+    def _activated(self, node: Node, before: Ends) -> Ends:
+        """From a grid over what comes before; each parameter of an activation function meets all of it."""
+        like = next(each for each in self.model.parameters() if each.is_floating_point())
+        values = torch.linspace(*before, _GRID, dtype=like.dtype, device=like.device)[:, None]
+        after = activate(self.model, node, values.expand(-1, *(self.flow.nodes[node.inputs[0]].shape[1:2] or (1,))))
+        return float(after.min()), float(after.max())
 
 
-def _roots(flow: Flow, index: int) -> set[int]:
-    """The nodes whose moments tell the range of ``index``: norms, sums and layers, before activations and pooling."""
-    node = flow.nodes[flow.origin(index)]
-    if _passes(node):
-        return {root for each in node.inputs for root in _roots(flow, each)}
-    return {node.index} if node.shape and node.op != "input" else set()
-
-
-def _bounds(
-    flow: Flow, model: nn.Module, moments: Mapping[int, Moments], task: Task, index: int, sigmas: float
-) -> tuple[float, float] | None:
-    """Smallest and largest value of a node; None where nothing tells."""
-    node = flow.nodes[flow.origin(index)]
-    if node.op == "input":
-        return _pixels(task)
-    if _passes(node):
-        found = [_bounds(flow, model, moments, task, each, sigmas) for each in node.inputs]
-        known = [each for each in found if each is not None]
-        if len(known) < len(found):
-            return None
-        bounds = min(low for low, _ in known), max(high for _, high in known)
-        return _activated(model, node, flow.nodes[node.inputs[0]], bounds) if node.op in ACTIVATIONS else bounds
-    if node.index not in moments or not moments[node.index].known:
-        return None
-    mean, reach = moments[node.index].mean, sigmas * moments[node.index].var.sqrt()
-    return float((mean - reach).min()), float((mean + reach).max())
-
-
-def _pixels(task: Task) -> tuple[float, float] | None:
-    """What the task makes of pixels in [0, 1]; None where it does not normalise and may not be about pixels at all."""
-    if task.mean == (0.0,) and task.std == (1.0,):
-        return None
-    ends = [(pixel - mean) / std for pixel in (0.0, 1.0) for mean, std in zip(_each(task.mean, task), _each(task.std, task), strict=True)]
-    return min(ends), max(ends)
-
-
-def _each(values: tuple[float, ...], task: Task) -> tuple[float, ...]:
-    return values * task.shape[0] if len(values) == 1 else values
-
-
-@torch.no_grad()
-def _activated(model: nn.Module, node: Node, before: Node, bounds: tuple[float, float]) -> tuple[float, float]:
-    """The range behind an activation function, from a grid over the one before it; per-channel parameters are those of axis 1."""
-    assert node.call is not None
-    like = next(each for each in model.parameters() if each.is_floating_point())
-    channels = before.shape[1:2] + (1,) * (len(before.shape) - 2)
-    values = torch.linspace(*bounds, _GRID, dtype=like.dtype, device=like.device).view(-1, *(1,) * len(channels)).expand(-1, *channels)
-
-    def resolve(symbol: object) -> object:
-        if isinstance(symbol, Name):
-            path, _, name = symbol.name.rpartition(".")
-            return getattr(model.get_submodule(path), name)
-        return values.clone() if isinstance(symbol, Ref) else symbol
-
-    result = repeat(node.call, resolve)
-    assert isinstance(result, Tensor)
-    return float(result.min()), float(result.max())
+def _widest(found: list[Ends]) -> Ends:
+    return min(low for low, _ in found), max(high for _, high in found)

@@ -1,4 +1,4 @@
-"""The embedded network: handwritten digits of 8x8 pixels, trained in full precision by ``benchmarks/zoo/train_digits.py``.
+"""The embedded convolutional network: handwritten digits of 8x8 pixels, trained in full precision by ``benchmarks/zoo/train_digits.py``.
 
 The pictures are the "Optical Recognition of Handwritten Digits" set (E. Alpaydin, C. Kaynak, UCI Machine Learning
 Repository, 1998, CC BY 4.0) as scikit-learn ships it; a stratified fifth of them was held out and is shipped for measuring.
@@ -67,17 +67,18 @@ class DigitsNet(nn.Module):
 def digits() -> tuple[nn.Module, Task]:
     """The trained network in eval mode, and its task. Reads a file of the package: no download, no pickle."""
     model = DigitsNet()
-    model.load_state_dict(load(_shipped("digits.safetensors")))
+    model.load_state_dict(load(shipped("digits.safetensors")))
     return model.eval(), TASK
 
 
 def held_out() -> tuple[Tensor, Tensor]:
     """Held-out digits for measuring only, never for quantizing: normalised inputs (360, 1, 8, 8) and labels (360,)."""
-    with np.load(io.BytesIO(_shipped("digits_test.npz")), allow_pickle=False) as arrays:
+    with np.load(io.BytesIO(shipped("digits_test.npz")), allow_pickle=False) as arrays:
         images, labels = arrays["images"], arrays["labels"]
     pixels = torch.from_numpy(images).float().div(BRIGHTEST).unsqueeze(1)
     return TASK.normalise(pixels), torch.from_numpy(labels).long()
 
 
-def _shipped(name: str) -> bytes:
+def shipped(name: str) -> bytes:
+    """What the file ``name`` of this folder holds."""
     return files("datafree.zoo").joinpath(name).read_bytes()

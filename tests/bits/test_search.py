@@ -13,7 +13,7 @@ from torch import nn
 from datafree.bits.allocate import make_plan
 from datafree.bits.cost import packed_bytes, plan_bytes
 from datafree.bits.search import allowed, choose, is_mixed, mixed_widths
-from datafree.bits.sensitivity import distortions, per_output
+from datafree.bits.sensitivity import distortions, moments_energy, per_output
 from datafree.closed.propagate import layer_inputs
 from datafree.context import Ctx
 from datafree.errors import TargetError
@@ -128,7 +128,7 @@ def test_more_than_two_widths_with_a_budget_are_mixed() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_networks_meet_their_budget_as_counted(name: str, protocol: str) -> None:
     model, found = read(name)
-    lost = distortions(found, model, layer_inputs(found, model), WIDTHS)
+    lost = distortions(found, model, dict.fromkeys(found.layers, WIDTHS), moments_energy(found, layer_inputs(found, model)))
     ends = []
     for pick in (min, max):
         widths = {name: pick(bits) for name, bits in allowed(found, Target(WIDTHS, 4, 1, protocol)).items()}
@@ -151,7 +151,7 @@ def planned(model: nn.Module, found: Flow, target: Target, widths: dict[str, int
 @pytest.mark.parametrize("name", NAMES)
 def test_mixing_is_never_worse_than_one_width_of_the_same_size(name: str) -> None:
     model, found = read(name)
-    lost = distortions(found, model, layer_inputs(found, model), WIDTHS)
+    lost = distortions(found, model, dict.fromkeys(found.layers, WIDTHS), moments_energy(found, layer_inputs(found, model)))
     uniform = {name: 8 if layer.first or layer.last else 4 for name, layer in found.layers.items()}
     size = plan_bytes(model, planned(model, found, Target(4), uniform))
     assert value(lost, mixed_widths(found, model, Target(WIDTHS, None, size), lost)) <= value(lost, uniform) * (1 + 1e-9)

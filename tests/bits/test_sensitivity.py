@@ -26,7 +26,7 @@ def read(name: str) -> tuple[nn.Module, Flow]:
 @pytest.mark.parametrize("name", NAMES)
 def test_more_bits_lose_less(name: str) -> None:
     model, found = read(name)
-    lost = distortions(found, model, layer_inputs(found, model), WIDTHS)
+    lost = distortions(found, model, dict.fromkeys(found.layers, WIDTHS), moments_energy(found, layer_inputs(found, model)))
     assert list(lost) == list(found.layers)
     for table in lost.values():
         values = [table[bits] for bits in WIDTHS]
@@ -41,7 +41,7 @@ def test_weights_on_the_grid_lose_nothing() -> None:
             weight = model.get_submodule(name).weight
             spec = per_output(layer, 4)
             weight.copy_(fake_quantize(weight, *minmax(weight, spec), spec))
-    lost = distortions(found, model, layer_inputs(found, model), (4,))
+    lost = distortions(found, model, dict.fromkeys(found.layers, (4,)), moments_energy(found, layer_inputs(found, model)))
     assert max(table[4] for table in lost.values()) < 1e-9
 
 
@@ -49,7 +49,7 @@ def test_weights_on_the_grid_lose_nothing() -> None:
 def test_agrees_with_loops(name: str) -> None:
     model, found = read(name)
     inputs = layer_inputs(found, model)
-    lost = distortions(found, model, inputs, (3,))
+    lost = distortions(found, model, dict.fromkeys(found.layers, (3,)), moments_energy(found, inputs))
     for layer in found.layers.values():
         torch.testing.assert_close(lost[layer.name][3], looped(model, layer, inputs[layer.name]), rtol=1e-4, atol=1e-9)
 
@@ -90,7 +90,7 @@ def test_predicts_the_noise_to_signal_ratio_behind_the_norm() -> None:
         model(x)
     model.eval()
     found = flow(model, x[:2])
-    lost = distortions(found, model, layer_inputs(found, model), (3,))["0"][3]
+    lost = distortions(found, model, dict.fromkeys(found.layers, (3,)), moments_energy(found, layer_inputs(found, model)))["0"][3]
     weight = model[0].weight.detach()
     spec = QSpec(3, axis=0)
     with torch.no_grad():
@@ -101,27 +101,28 @@ def test_predicts_the_noise_to_signal_ratio_behind_the_norm() -> None:
 
 def test_another_energy_and_another_grid_are_used() -> None:
     model, found = read("without_norm")
-    inputs = layer_inputs(found, model)
+    four = dict.fromkeys(found.layers, (4,))
     seen = []
 
     def plain(name: str, weight: Tensor) -> Tensor:
         seen.append(name)
         return by_outputs(weight, found.layers[name]).square().flatten(1).sum(1)
 
-    lost = distortions(found, model, inputs, (4,), plain)
+    lost = distortions(found, model, four, plain)
     assert set(seen) == set(found.layers)
     for name, layer in found.layers.items():
         weight = model.get_submodule(name).weight.detach()
         spec = per_output(layer, 4)
         error = weight - fake_quantize(weight, *mse(weight, spec), spec)
         assert lost[name][4] == pytest.approx(float(error.square().sum() / weight.square().sum()), rel=1e-4)
-    coarse = distortions(found, model, inputs, (4,), plain, lambda layer, bits: QSpec(bits))
+    coarse = distortions(found, model, four, plain, lambda layer, bits: QSpec(bits))
     assert sum(table[4] for table in coarse.values()) > sum(table[4] for table in lost.values())
-    assert distortions(found, model, inputs, (4,), moments_energy(found, inputs)) == distortions(found, model, inputs, (4,))
+    perfect = distortions(found, model, four, plain, rounded=lambda layer, weight, spec: weight)
+    assert all(table == {4: 0.0} for table in perfect.values())
 
 
 def test_a_dead_layer_loses_nothing() -> None:
     model, found = read("without_norm")
     with torch.no_grad():
         model[2].weight.zero_()
-    assert distortions(found, model, layer_inputs(found, model), (2,))["2"] == {2: 0.0}
+    assert distortions(found, model, dict.fromkeys(found.layers, (2,)), moments_energy(found, layer_inputs(found, model)))["2"] == {2: 0.0}

@@ -110,6 +110,17 @@ def test_rules_equal_sampled_moments(name: str) -> None:
     assert (found.mean[0] - values.mean(0)).abs().mean() < spread / 2
 
 
+def test_sides_of_sums_may_correlate() -> None:
+    net = Net(lambda net, a, b: (a - 2 * b) + a)
+    found = read(net, (8, SIZE, SIZE))
+    index = found.nodes[found.data("last")[0]].inputs[0]
+    (m1, s1), (m2, s2) = ((each.bias, each.weight.abs()) for each in (net.one, net.two))
+    for correlation, sd in ((0.0, (2 * s1**2 + 4 * s2**2).sqrt()), (1.0, 2 * s1 + 2 * s2)):
+        moments = node_moments(found, net, [index], correlation)[index]
+        assert torch.allclose(moments.mean[0, :, 0, 0], 2 * (m1 - m2), atol=1e-5)
+        assert torch.allclose(moments.var[0, :, 0, 0].sqrt(), sd, rtol=1e-4)
+
+
 def test_products_of_independent_values_are_exact() -> None:
     net = Net(lambda net, a, b: a * b)
     found = before_last(net)

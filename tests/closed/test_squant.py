@@ -1,20 +1,16 @@
-"""SQuant against loops over single entries, and the bounds on its sums of errors; the ranges of its method."""
+"""SQuant against loops over single entries, and the bounds on its sums of errors."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
-from datafree import Plan, Target, Task, quantize
 from datafree.closed.squant import squant
 from datafree.errors import NetworkError
-from datafree.methods.squant import SQuant, deviations
 from datafree.plan import QSpec
 from datafree.quant import grid
-from datafree.quant.insert import codes_of, latent_weight, quantizers, weight_quantizer
 from datafree.quant.ranges import minmax, mse
-from networks import build
 from tests.reference import rounding as reference
 
 SPECS = (
@@ -133,92 +129,3 @@ def test_the_mean_of_an_output_moves_less_than_with_nearest() -> None:
         for codes in (grid.quantize(weight, scale, zero, spec), squant(weight, scale, zero, spec))
     ]
     assert shifts[1] < 0.01 * shifts[0]
-
-
-@pytest.mark.parametrize(("bits", "expected"), [(4, 12), (6, 14), (8, 25), (5, 13), (7, 19.5), (3, 11), (2, 10)])
-def test_widths_in_deviations(bits: int, expected: float) -> None:
-    assert deviations(bits) == expected
-
-
-class Signs(nn.Module):
-    """Two points behind a layer, one of them with values of both signs, and an input that is quantized."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.third = nn.Conv2d(2, 6, 3), nn.Conv2d(6, 6, 3), nn.Conv2d(6, 3, 1)
-        self.relu, self.leaky = nn.ReLU(), nn.LeakyReLU(0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.third(self.leaky(self.second(self.relu(self.first(x)))))
-        return found
-
-
-@pytest.mark.parametrize("bits", [4, 6])
-def test_ranges_follow_from_uniform_noise(bits: int) -> None:
-    torch.manual_seed(0)
-    model, task = Signs().eval(), Task(shape=(2, 12, 12), mean=(0.5,), std=(0.25,))
-    student = quantize(model, task, method=SQuant(), target=Target(8, bits, protocol="deploy", keep=("third",)), seed=4).student
-    noise = torch.rand(256, 2, 12, 12, generator=torch.Generator().manual_seed(99))
-    behind: dict[str, Tensor] = {}
-    for name in ("relu", "leaky"):
-        model.get_submodule(name).register_forward_hook(lambda module, args, result, name=name: behind.update({name: result}))
-    with torch.no_grad():
-        model(noise)
-    points = quantizers(student)
-    source = points["first:input"]
-    assert source.spec.bits == 8 and float(source.scale) == pytest.approx(4 / 255) and float(source.zero) in (127, 128)  # pixels: -2 to 2
-    inner = points["second:input"]
-    alpha = deviations(bits) * float(behind["relu"][behind["relu"] > 0].std())
-    alpha = min(alpha, float(behind["relu"].max())) if bits < 6 else alpha
-    scatter = 0.15 if bits < 6 else 0.02  # of a maximum, and of a deviation
-    assert float(inner.zero) == 0 and float(inner.scale) * (2**bits - 1) == pytest.approx(alpha, rel=scatter)
-
-
-def test_signed_points_get_both_sides() -> None:
-    torch.manual_seed(1)
-    model, task = Signs().eval(), Task(shape=(2, 12, 12))
-    for bits in (4, 8):
-        student = quantize(model, task, method="squant", target=Target(8, bits, protocol="paper")).student
-        quantizer = quantizers(student)["third:input"]
-        with torch.no_grad():
-            x = model.leaky(model.second(model.relu(model.first(torch.rand(256, 2, 12, 12)))))
-        alpha = deviations(bits) / 1.25 * float(x[x > 0].std())
-        alpha = min(alpha, float(x.abs().max())) if bits == 4 else alpha
-        assert float(quantizer.scale) * (2**bits - 1) == pytest.approx(2 * alpha, rel=0.05)
-        assert float(quantizer.zero) == 2 ** (bits - 1)
-
-
-def test_ranges_of_activations_do_not_depend_on_the_bits_of_weights() -> None:
-    model, task = build("cifar_resnet")
-    found = [quantizers(quantize(model, task, method="squant", target=Target(bits, 4, protocol="paper")).student) for bits in (2, 8)]
-    assert found[0] and all(torch.equal(found[0][point].scale, found[1][point].scale) for point in found[0])
-
-
-@pytest.mark.parametrize("network", ["mobilenet", "sequence"])
-@pytest.mark.parametrize(
-    "method", [SQuant(), SQuant(symmetric=True, weight_range="mse"), SQuant(stages="ek"), SQuant(stages="ec")], ids=str
-)
-def test_the_method_gives_every_layer_its_codes(network: str, method: SQuant) -> None:
-    model, task = build(network)
-    student = quantize(model, task, method=method, target=Target(4, protocol="paper")).student
-    plan: Plan = quantize(model, task, method=method, target=Target(4, protocol="paper")).plan
-    changed = 0
-    for name, layer_plan in plan.layers.items():
-        weight = model.get_submodule(name).weight
-        assert isinstance(weight, Tensor) and layer_plan.weight == QSpec(4, method.symmetric, 0)
-        scale, zero = (minmax if method.weight_range == "minmax" else mse)(weight, layer_plan.weight)
-        module = student.get_submodule(name)
-        rows = weight.detach().reshape(*weight.shape[:2], -1)
-        expected, _ = reference.squant(rows, scale, zero, layer_plan.weight, method.stages)
-        assert torch.equal(codes_of(module), expected.view(weight.shape)) and torch.equal(weight_quantizer(module).scale, scale)
-        changed += int((codes_of(module) != grid.quantize(weight, scale, zero, layer_plan.weight)).sum())
-        assert latent_weight(module).shape == weight.shape
-    assert changed > 0
-
-
-def test_a_network_that_overflows_on_noise_is_refused() -> None:
-    first = nn.Conv2d(4, 2, 1)
-    model = nn.Sequential(first, nn.ReLU(), nn.Conv2d(2, 1, 1)).eval()
-    nn.init.constant_(first.weight, 3e38)
-    with pytest.raises(NetworkError, match="2:input: uniform noise gives NaN or infinity there"):
-        quantize(model, Task(shape=(4, 4, 4)), method="squant", target=Target(8, 8, protocol="paper"))

@@ -5,11 +5,16 @@ import torch
 from torch import Tensor, nn
 
 from datafree import Ctx, Result, Target, Task, quantize
+from datafree.closed.clip import aciq_range
+from datafree.closed.hqq import hqq
 from datafree.closed.moments import Moments
 from datafree.closed.propagate import layer_inputs
+from datafree.closed.ranges import closed_ranges
+from datafree.errors import NetworkError, TargetError
 from datafree.graph.flow import read
 from datafree.methods.rtn import RoundToNearest
-from datafree.quant.insert import effective_weight, quantizers
+from datafree.plan import QSpec
+from datafree.quant.insert import effective_weight, quantizers, weight_quantizer
 from networks import NAMES, build
 
 
@@ -92,6 +97,30 @@ def test_least_squared_error_beats_min_max_at_three_bits(network: str) -> None:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
+def test_the_clip_of_aciq_lies_between_them_on_heavy_tails(symmetric: bool) -> None:
+    model, task = build("vgg")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in (model[3], model[7], model[15]):
+            signs = torch.randn(layer.weight.shape, generator=generator).sign()
+            layer.weight.copy_(signs * torch.rand(layer.weight.shape, generator=generator).log())  # Laplacian
+    results = [
+        quantize(
+            model,
+            task,
+            method=RoundToNearest(weight_range=rule, symmetric=symmetric, per_channel=False),
+            target=Target(4, protocol="paper"),
+        )
+        for rule in ("mse", "aciq", "minmax")
+    ]
+    least, aciq, whole = (weight_errors(model, each.student, each) for each in results)
+    for name in ("3", "7", "15"):
+        assert least[name] < aciq[name] < whole[name]
+        quantizer = weight_quantizer(results[1].student.get_submodule(name))
+        assert torch.equal(quantizer.scale, aciq_range(model.get_submodule(name).weight, quantizer.spec)[0])
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
 def test_symmetric_grids(symmetric: bool) -> None:
     _, result = rounded("vgg", Target(4), symmetric=symmetric)
     assert {layer.weight.symmetric for layer in result.plan.layers.values()} == {symmetric}
@@ -111,10 +140,77 @@ def test_least_squared_error_clips_activations_and_min_max_does_not() -> None:
     assert len(least) > 2 and (least < 0.98 * whole).all()
 
 
+@pytest.mark.parametrize("rule", ["closed", "aciq"])
+def test_statistics_alone_clip_activations_without_any_noise(rule: str) -> None:
+    model, task = build("cifar_resnet")
+    method, target = RoundToNearest(act_range=rule), Target(8, 3, protocol="paper")  # type: ignore[arg-type]
+    found, again = (quantize(model, task, method=method, target=target, seed=seed) for seed in (1, 2))
+    points = {point: quantizer.spec for point, quantizer in quantizers(found.student).items()}
+    expected = closed_ranges(read(model, task, Ctx.create()), model, points, task, rule)  # type: ignore[arg-type]
+    for point, quantizer in quantizers(found.student).items():
+        assert torch.equal(quantizer.scale, quantizers(again.student)[point].scale)
+        assert (quantizer.scale, quantizer.zero) == expected[point]
+    _, noise = rounded("cifar_resnet", target, act_range="minmax")
+    assert len(points) > 5 and tops(found).mean() < 0.9 * tops(noise).mean()
+
+
+def test_the_closed_range_serves_activations_better_than_min_max() -> None:
+    better = [
+        sqnr(rounded(network, Target(8, 3, protocol="paper"), act_range="closed")[1])
+        - sqnr(rounded(network, Target(8, 3, protocol="paper"), act_range="minmax")[1])
+        for network in ("cifar_resnet", "resnet_basic", "vgg")
+    ]
+    assert min(better) > 0
+
+
+def test_statistics_that_do_not_tell_a_range_are_refused() -> None:
+    model, task = build("transformer")
+    for rule in ("closed", "aciq"):
+        with pytest.raises(NetworkError, match=r"what passes .*blocks\.0\.proj:input.* take activation ranges from pictures or noise"):
+            quantize(model, task, method=RoundToNearest(act_range=rule), target=Target(8, 8))  # type: ignore[arg-type]
+    quantize(model, task, method=RoundToNearest(act_range="closed"), target=Target(8))
+
+
 def tops(result: Result) -> Tensor:
     """The largest value of each quantized activation of three bits."""
     found = (each for each in quantizers(result.student).values() if each.spec.bits == 3)
     return torch.stack([each.scale * (each.spec.levels[1] - each.zero) for each in found])
+
+
+# ---------------------------------------------------------------- HQQ
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_hqq_gives_linear_layers_zero_points_and_leaves_others_alone(bits: int) -> None:
+    target = Target(bits, protocol="paper")
+    (model, found), (_, nearest) = (rounded("vgg", target, rounding=each, weight_range="minmax") for each in ("hqq", "nearest"))
+    for name, layer in found.plan.layers.items():
+        quantizer, other = (weight_quantizer(each.student.get_submodule(name)) for each in (found, nearest))
+        if name not in ("15", "17"):
+            assert layer == nearest.plan.layers[name] and torch.equal(quantizer.scale, other.scale)
+            continue
+        assert layer.weight == QSpec(bits, symmetric=False, axis=0)
+        expected = hqq(model.get_submodule(name).weight, layer.weight)
+        assert torch.equal(quantizer.scale, expected[0]) and torch.equal(quantizer.zero, expected[1])
+
+
+@pytest.mark.parametrize("network", ["vgg", "transformer"])
+def test_hqq_lessens_the_sum_that_it_minimises(network: str) -> None:
+    target = Target(3, protocol="dfmpc")
+    (model, found), (_, nearest) = (rounded(network, target, rounding=each, symmetric=False) for each in ("hqq", "nearest"))
+    sums = []
+    for result in (found, nearest):
+        linear = [name for name in result.plan.layers if isinstance(model.get_submodule(name), nn.Linear)]
+        gaps = (model.get_submodule(name).weight.detach() - effective_weight(result.student.get_submodule(name)) for name in linear)
+        sums.append([float(gap.abs().pow(0.7).sum()) for gap in gaps])
+    assert len(sums[0]) > 1 and all(one <= other for one, other in zip(*sums, strict=True)) and sum(sums[0]) < sum(sums[1])
+
+
+def test_hqq_without_a_linear_layer_is_refused() -> None:
+    model, task = build("vgg")
+    for target in (Target(4, keep=("15", "17")), Target(4, protocol="paper", keep=("15", "17"))):
+        with pytest.raises(TargetError, match="hqq is for linear layers, and none is quantized here: take rounding nearest"):
+            quantize(model, task, method=RoundToNearest(rounding="hqq"), target=target)
 
 
 # ---------------------------------------------------------------- bias correction

@@ -1,0 +1,87 @@
+"""Layer after layer with the student's own inputs: each makes good what those before it have lost.
+
+Legend: x_t and x_s the input patches of a layer in the teacher and in the student, centred; W its float weight, H = E[x_s x_s^T],
+C = E[W x_t x_s^T]. The weight that comes nearest to the teacher's outputs is ``C H^-1``. Pictures are not the data, so it is
+drawn to W by a ridge: ``W + (C - W H) (H + ridge mean(diag H) I)^-1``. Then it is rounded as ever.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from datafree.closed.absorb import own_norms, shift_output
+from datafree.closed.gram import Gram, Places, Sums, from_rows, output_mean, patches, places_of, rows_of, sampled_outputs
+from datafree.graph.flow import Flow, Layer
+from datafree.quant.insert import effective_weight, quantizers
+
+RIDGE = 1.0
+
+
+@contextmanager
+def successive(
+    teacher: nn.Module,
+    student: nn.Module,
+    flow: Flow,
+    names: Iterable[str],
+    rewrite: Callable[[str, Tensor, Gram], None],
+    generator: torch.Generator,
+    ridge: float = RIDGE,
+) -> Iterator[None]:
+    """While the context lasts, a run of the teacher is recorded, and a run of the student on the same inputs rewrites layers ``names``.
+
+    ``rewrite(name, weight, gram)`` is called before each layer with the weight wanted, in the layer's shape, and the statistics of its
+    inputs. Layers without a batch norm of their own then get the bias that keeps the mean of their outputs. Activations
+    stay in float meanwhile: their rounding noise is nothing that weights should follow. Layers that are called more than once,
+    and transposed ones, are left alone.
+    """
+    norms = own_norms(student, flow)
+    seen: dict[str, tuple[Places, Tensor]] = {}
+    handles = []
+    for name in names:
+        layer = flow.layers[name]
+        if len(layer.calls) != 1 or layer.kind == "conv_transpose":
+            continue
+
+        def record(module: nn.Module, args: tuple[Tensor, ...], result: Tensor, layer: Layer = layer) -> None:
+            places = places_of(result, layer, generator)
+            seen[layer.name] = places, sampled_outputs(result, layer, places)
+
+        def follow(module: nn.Module, args: tuple[Tensor, ...], layer: Layer = layer) -> None:
+            places, outputs = seen.pop(layer.name)
+            inputs = patches(module, layer, args[0], places)
+            full = teacher.get_submodule(layer.name).weight
+            assert isinstance(full, Tensor)
+            wanted, gram = wanted_weight(full, inputs, outputs, layer, ridge)
+            rewrite(layer.name, wanted, gram)
+            if layer.name not in norms:
+                bias = module.bias if isinstance(module.bias, Tensor) else 0.0
+                reached = output_mean(effective_weight(module), gram, layer) + bias
+                shift_output(student, layer, reached - outputs.mean(1).flatten(), None)
+
+        handles.append(teacher.get_submodule(name).register_forward_hook(record))
+        handles.append(student.get_submodule(name).register_forward_pre_hook(follow))
+    handles += [each.register_forward_hook(lambda module, args, result: args[0]) for each in quantizers(student).values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def wanted_weight(full: Tensor, inputs: Tensor, outputs: Tensor, layer: Layer, ridge: float) -> tuple[Tensor, Gram]:
+    """The weight, in the layer's shape, that brings ``inputs`` near to ``outputs``, and the statistics of ``inputs``.
+
+    inputs: the student's patches, (groups, samples, n); outputs: of the teacher at the same places, (groups, samples, out / groups).
+    """
+    sums = Sums()
+    sums.add(inputs)
+    gram = sums.gram()
+    rows = rows_of(full.detach(), layer)
+    cross = (outputs - outputs.mean(1, keepdim=True)).transpose(1, 2) @ (inputs - gram.mean[:, None]) / inputs.shape[1]
+    diagonal = gram.cov.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(1, keepdim=True)
+    damped = gram.cov.double() + torch.diag_embed(torch.where(mean > 0, ridge * mean, 1.0).expand_as(diagonal)).double()
+    change = torch.linalg.solve(damped, (cross - rows @ gram.cov).double(), left=False)
+    return from_rows(rows + change.to(rows.dtype), layer), gram
