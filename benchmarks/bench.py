@@ -4,7 +4,7 @@
 measure: they are opened after quantization. Data and weights are looked for in ``../shared/data`` or ``$DATAFREE_DATA``.
 
 A grid is ``{"networks": [...], "methods": {label: {"method": ..., "fields": {...}}}, "settings": {label: {...}}, "seeds": [...],
-"skip": [[method label, setting label], ...]}``; a setting holds the arguments of ``Target``.
+"skip": [[method label, setting label], ...]}``; a setting holds the arguments of ``Target``, ``max_bytes`` perhaps by network.
 """
 
 import argparse
@@ -62,6 +62,8 @@ def measure(job: dict[str, object]) -> dict[str, object]:
     setting = dict(job["setting_fields"])
     if isinstance(setting.get("weight_bits"), list):
         setting["weight_bits"] = tuple(setting["weight_bits"])
+    if isinstance(setting.get("max_bytes"), dict):
+        setting["max_bytes"] = setting["max_bytes"][job["network"]]
     method = datafree.methods()[str(job["method"])](**job["fields"])
     before = peak_since(reset=True)
     result = datafree.quantize(network.model, network.task, method=method, target=datafree.Target(**setting), seed=int(job["seed"]))

@@ -84,8 +84,22 @@ def short() -> str:
     return "\n".join(rows)
 
 
+def speed() -> str:
+    """Time and memory by the shape of the network."""
+    read = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("speed-*.json"))]
+    lines = ["| shape | method | parameters | seconds | in forward passes at batch 16 | peak beyond the network |", "|" + " --- |" * 6]
+    for each in sorted(read, key=lambda each: (each["label"], each["parameters"])):
+        low, middle, high = min(each["seconds"]), statistics.median(each["seconds"]), max(each["seconds"])
+        spread = f"{middle:.1f} [{low:.1f}, {high:.1f}]" if len(each["seconds"]) > 1 else f"{middle:.1f}"
+        peak = max(each["peak_bytes_beyond_the_model"]) / 1e6
+        lines.append(
+            f"| {each['shape']} | {each['label']} | {each['parameters'] / 1e6:.1f} M | {spread} | {each['ratio']:.1f} | {peak:.0f} MB |"
+        )
+    return "\n## Speed\n\nTwo threads; median and range of repeats (`benchmarks/speed.py`).\n\n" + "\n".join(lines) + "\n"
+
+
 def main() -> None:
-    PAGE.write_text(HEAD + "\n" + tables())
+    PAGE.write_text(HEAD + "\n" + tables() + speed())
     text = README.read_text()
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     README.write_text(f"{before}{BEGIN}\n{short()}\n{END}{after}")

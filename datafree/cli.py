@@ -24,13 +24,13 @@ from datafree.graph.swap import frozen_copy
 from datafree.measure.accuracy import Comparison, compare, evaluate
 from datafree.measure.data import Data, open_data
 from datafree.method import Method, find_method, methods, option
-from datafree.networks import FORMS, Network, check_network, load_network, task_with
+from datafree.networks import EMBEDDED, FORMS, Network, check_network, load_network, task_with
 from datafree.plan import Protocol, Target
 from datafree.task import Task
 
 DEFAULT_METHOD = "anchor"
 DEMO_RUNS = (("anchor", (2, 6)), ("dfmpc", (2, 6)), ("anchor", (4,)), ("dfmpc", (4,)), ("rtn", (4,)))
-EMBEDDED = "digits"  # the network of the package, and the name of its held-out digits as data
+DIGITS = "digits"  # the network of the demo, and the name of the held-out digits as data
 STACKED_BELOW = 72  # columns, below which help stands under its flag, so that no flag is broken in two
 
 
@@ -197,15 +197,15 @@ def _quantize_command(chosen: type[Method]) -> Callable[..., None]:
 
 
 def _demo(*, out: Annotated[Path | None, Parameter(help="a new folder; datafree-demo unless given")] = None) -> None:
-    """Quantize the embedded network in three ways and measure each on held-out digits."""
+    """Quantize the embedded network in several ways and measure each on held-out digits."""
     folder = _fresh(Path("datafree-demo")) if out is None else check_free(out)
-    network = _network(EMBEDDED, _NETWORK)
+    network = _network(DIGITS, _NETWORK)
     console = _stdout()
     found: list[tuple[Result, Comparison]] = []
     with show.progress(_stderr()) as listen:
         for method, bits in DEMO_RUNS:
             result = quantize(network.model, network.task, method=method, target=Target(weight_bits=bits), on_event=listen)
-            data, name = _data(EMBEDDED, EMBEDDED, network.task)
+            data, name = _data(DIGITS, DIGITS, network.task)
             comparison = compare(network.model, result.student, network.task, data, listen)
             result = _measured(result, network.name, name, comparison)
             result.save(folder / f"{method}-w{'-'.join(map(str, bits))}")
@@ -283,11 +283,11 @@ def _evaluate(
     json: Json = False,
 ) -> None:
     """Measure top-1 accuracy on labelled data, of a network and of a student saved before."""
-    if data is None and net != EMBEDDED:
+    if data is None and net not in EMBEDDED:
         raise DataError("accuracy needs labelled data: give --data PATH")
     found = _network(net, network)
     check_network(found.model, found.task)
-    labelled, name = _data(data or EMBEDDED, net, found.task)
+    labelled, name = _data(data or DIGITS, net, found.task)
     model = found.model.to(network.device)
     quantized = None if student is None else load(student, model)
     with show.progress(_stderr()) as listen:
@@ -324,7 +324,7 @@ def _network(net: str, flags: NetworkFlags) -> Network:
 
 def _data(data: str, net: str, task: Task) -> tuple[Data, str]:
     """Labelled data and its name for reports; ``digits`` are those that come with the network of that name."""
-    if data == net == EMBEDDED:
+    if data == DIGITS and net in EMBEDDED:
         from datafree.zoo.digits import held_out
 
         return held_out(), "held-out digits"

@@ -1,4 +1,4 @@
-"""ResNets of ImageNet's shape with bottlenecks, random weights and set batch-norm statistics: for time and memory only."""
+"""ResNets of ImageNet's shape, random weights and set batch-norm statistics: for time and memory only."""
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +27,26 @@ class Bottleneck(nn.Module):
         return self.relu(self.bn3(self.conv3(out)) + self.downsample(x))
 
 
-class ResNet(nn.Module):
-    """Stem, four stages of bottlenecks, pooling, classifier."""
+class Basic(nn.Module):
+    """Two 3x3 around a shortcut."""
 
-    def __init__(self, depths: tuple[int, ...]) -> None:
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample: nn.Module = nn.Identity()
+        if stride != 1 or inputs != width:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) + self.downsample(x))
+
+
+class ResNet(nn.Module):
+    """Stem, four stages of blocks, pooling, classifier."""
+
+    def __init__(self, depths: tuple[int, ...], block: type[Basic] | type[Bottleneck], expansion: int) -> None:
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
         self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
@@ -38,8 +54,8 @@ class ResNet(nn.Module):
         inputs = 64
         for stage, depth in enumerate(depths):
             for place in range(depth):
-                blocks.append(Bottleneck(inputs, 64 << stage, 2 if stage and not place else 1))
-                inputs = 256 << stage
+                blocks.append(block(inputs, 64 << stage, 2 if stage and not place else 1))
+                inputs = expansion * (64 << stage)
         self.layers = nn.Sequential(*blocks)
         self.avgpool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(inputs, 1000)
 
@@ -48,10 +64,10 @@ class ResNet(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
-def _made(depths: tuple[int, ...]) -> tuple[nn.Module, Task]:
+def _made(depths: tuple[int, ...], block: type[Basic] | type[Bottleneck] = Bottleneck, expansion: int = 4) -> tuple[nn.Module, Task]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = ResNet(depths)
+        model = ResNet(depths, block, expansion)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -61,14 +77,14 @@ def _made(depths: tuple[int, ...]) -> tuple[nn.Module, Task]:
     return model.eval(), TASK
 
 
+def resnet18() -> tuple[nn.Module, Task]:
+    """11.7 million parameters."""
+    return _made((2, 2, 2, 2), Basic, 1)
+
+
 def resnet50() -> tuple[nn.Module, Task]:
     """25.6 million parameters."""
     return _made((3, 4, 6, 3))
-
-
-def resnet101() -> tuple[nn.Module, Task]:
-    """44.5 million parameters."""
-    return _made((3, 4, 23, 3))
 
 
 def resnet152() -> tuple[nn.Module, Task]:

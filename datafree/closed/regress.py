@@ -1,4 +1,4 @@
-"""Batch norms of the student brought back to the teacher by regression, one after the other, in a single forward pass.
+"""Channels of the student brought back to the teacher by regression, layer after layer, in a single forward pass.
 
 At each batch norm t is what enters it in the teacher and s in the student, on the same pictures and with all earlier norms
 corrected: per channel t ~ a s + b, with a = corr(t, s)^power sd(t) / sd(s). Power 1 is the regression: it takes the student's
@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datafree.closed.absorb import set_statistics
-from datafree.graph.flow import Flow
+from datafree.closed.absorb import scale_layer, set_statistics, shift_output
+from datafree.graph.flow import Flow, Layer
 from datafree.graph.fold import BatchNorm, norm_vectors
+from datafree.quant.insert import quantized_layers, weight_quantizer
 from datafree.task import Task
 
 SAMPLES = 4096  # values of a channel that enter a regression
@@ -76,6 +77,45 @@ def regress_norms(
         set_statistics(norm_of(student, name), mu, sigma)
 
 
+def regress_layers(
+    teacher: nn.Module, student: nn.Module, flow: Flow, inputs: Tensor, generator: torch.Generator, power: float = 1.0
+) -> None:
+    """The same for networks without batch norms: the outputs of every quantized layer that is called once, by its scales and bias.
+
+    Layers without a scale for each output are left alone.
+    """
+    seen: dict[str, _Seen] = {}
+    layers = [
+        flow.layers[name]
+        for name, module in quantized_layers(student).items()
+        if name in flow.layers
+        and len(flow.layers[name].calls) == 1
+        and flow.layers[name].scale_per_output
+        and weight_quantizer(module).spec.axis is not None
+    ]
+    handles = []
+    for layer in layers:
+
+        def watch(module: nn.Module, args: tuple[Tensor, ...], result: Tensor, layer: Layer = layer) -> None:
+            seen[layer.name] = _look(_channels_second(result, layer), generator)
+
+        def correct(module: nn.Module, args: tuple[Tensor, ...], result: Tensor, layer: Layer = layer) -> Tensor:
+            before = seen.pop(layer.name)
+            a, b = regression(before.values, _flat(_channels_second(result, layer))[before.places], power)
+            scale_layer(student, layer, a)
+            shift_output(student, layer, -b, None)
+            shape = (-1,) if layer.kind == "linear" else (-1, *(1,) * len(layer.kernel))
+            return result * a.view(shape) + b.view(shape)
+
+        handles.append(teacher.get_submodule(layer.name).register_forward_hook(watch))
+        handles.append(student.get_submodule(layer.name).register_forward_hook(correct, prepend=True))  # before its quantizer
+    with torch.no_grad():
+        teacher(inputs)
+        student(inputs)
+    for handle in handles:
+        handle.remove()
+
+
 def regression(t: Tensor, s: Tensor, power: float = 1.0) -> tuple[Tensor, Tensor]:
     """a and b of t ~ a s + b for each channel, (channels,) each; t and s: (samples, channels)."""
     t_mean, s_mean = t.mean(0), s.mean(0)
@@ -111,6 +151,10 @@ def _look(x: Tensor, generator: torch.Generator) -> _Seen:
         torch.randperm(total, generator=generator, device=x.device)[:SAMPLES] if total > SAMPLES else torch.arange(total, device=x.device)
     )
     return _Seen(places, rows[places], rows.mean(0), rows.var(0, correction=0))
+
+
+def _channels_second(output: Tensor, layer: Layer) -> Tensor:
+    return output.flatten(0, -2) if layer.kind == "linear" else output
 
 
 def _flat(x: Tensor) -> Tensor:

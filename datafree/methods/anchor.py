@@ -19,7 +19,7 @@ from datafree.closed.propagate import layer_inputs
 from datafree.closed.ranges import closed_ranges
 from datafree.closed.recalibrate import spread_ratio
 from datafree.closed.refine import refine
-from datafree.closed.regress import divergence, regress_norms
+from datafree.closed.regress import divergence, regress_layers, regress_norms
 from datafree.closed.rounding import error_feedback, shrink
 from datafree.closed.successive import successive
 from datafree.context import Ctx
@@ -61,7 +61,8 @@ class Anchor(Method):
         "pictures", "activation ranges of least squared error: on pictures, or in closed form"
     )
     recalibration: Literal["auto", "regression", "spread", "none"] = option(
-        "auto", "bring the student's batch norms back to the teacher one by one: by regression, by matching the spread, or what agrees best"
+        "auto",
+        "bring the student's channels back to the teacher, layer by layer: by regression, by their spread, or what agrees best",
     )
 
     def run(self, teacher: nn.Module, task: Task, target: Target, ctx: Ctx) -> nn.Module:
@@ -151,16 +152,17 @@ class Anchor(Method):
             set_statistics(norm, before.mu, before.sigma * ratio)
 
     def _recalibrate(self, teacher: nn.Module, student: nn.Module, flow: Flow, task: Task, inputs: Tensor, ctx: Ctx) -> nn.Module:
-        """The student with its batch norms corrected; ``auto`` keeps what is nearest to the teacher on fresh pictures."""
+        """The student with its norms corrected, or its layers if there is none; ``auto`` keeps what is nearest on fresh pictures."""
         powers = {"none": (), "spread": (0.0,), "regression": (1.0,), "auto": (0.0, 0.5, 1.0)}[self.recalibration]
-        if not powers or not any(layer.norm for layer in flow.layers.values()):
+        if not powers:
             return student
+        regress = regress_norms if any(layer.norm for layer in flow.layers.values()) else regress_layers
         fresh = pictures(self.family if self.family in ("pink", "white") else "leaves", len(inputs) // 2, task, ctx.generator)
         best, least = student, math.inf
         for step, power in enumerate(powers, 1):
             candidate = copy.deepcopy(student)
             with anchored(teacher):
-                regress_norms(teacher, candidate, flow, inputs, ctx.generator, power)
+                regress(teacher, candidate, flow, inputs, ctx.generator, power)
             distance = divergence(teacher, candidate, task, fresh) if len(powers) > 1 else 0.0
             if distance < least:
                 best, least = candidate, distance

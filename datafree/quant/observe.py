@@ -15,7 +15,7 @@ from datafree.quant.ranges import Rule, channel_rows, fit, from_range
 from datafree.task import Task
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
-_SAMPLE = 1_000_000
+_SAMPLE = 200_000
 _THIN = (5**0.5 - 1) / 2  # the golden ratio: its stride falls into step with no number of channels
 _NOISE = 32  # inputs of noise
 
@@ -35,7 +35,7 @@ def observe(student: nn.Module, batches: Iterable[Tensor], rule: Rule, run: Call
     """Set the range of every activation quantizer from what passes it while ``run(student, batch)`` is called.
 
     Meanwhile activations pass unchanged, weights are quantized, and the student stays in its mode (call ``eval`` first). Of more than
-    a million values at a point ``mse`` looks at a part, and at the extremes. Raises NetworkError, naming points that saw nothing.
+    200 000 values at a point ``mse`` looks at a part, and at the extremes. Raises NetworkError, naming points that saw nothing.
     """
     points = quantizers(student)
     if not points:

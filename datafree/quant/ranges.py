@@ -41,8 +41,9 @@ def minmax(x: Tensor, spec: QSpec) -> tuple[Tensor, Tensor]:
 def mse(x: Tensor, spec: QSpec, weight: Tensor | None = None, exponent: float = 2.0) -> tuple[Tensor, Tensor]:
     """The range with the least ``sum(weight * |x - Q(x)|^exponent)`` among shrunk and widened min-max ranges.
 
-    Factors of 0.2 to 1.2 in steps of a tenth, then in steps of a hundredth around the best. ``weight`` is the importance of each
-    element and broadcasts to ``x``. For the ternary grid: the scale of :func:`optimal_ternary`, where ``exponent`` must be 2
+    Factors of 0.2 to 1.2 in steps of a tenth, then in steps of a hundredth around the best. Where an asymmetric grid has values of
+    both signs, each end is then moved alone: a short tail may matter all the same (that of GELU does). ``weight`` is the importance
+    of each element and broadcasts to ``x``. For the ternary grid: the scale of :func:`optimal_ternary`, where ``exponent`` must be 2
     (TargetError otherwise).
     """
     if spec.grid == "ternary":
@@ -59,24 +60,28 @@ def mse(x: Tensor, spec: QSpec, weight: Tensor | None = None, exponent: float = 
 
 
 def _search(rows: Tensor, spec: QSpec, importance: Tensor | None, exponent: float) -> tuple[Tensor, Tensor]:
-    low, high = rows.amin(1), rows.amax(1)
-    factor = torch.ones_like(low)
-    scale, zero = from_range(low, high, spec)
+    ends = torch.stack([rows.amin(1), rows.amax(1)])
+    factors = torch.ones_like(ends)
+    scale, zero = from_range(ends[0], ends[1], spec)
     least = _error(rows, scale, zero, spec, importance, exponent)
 
     def attempt(trial: Tensor) -> None:
-        nonlocal factor, scale, zero, least
-        candidate = from_range(low * trial, high * trial, spec)
+        nonlocal factors, scale, zero, least
+        candidate = from_range(ends[0] * trial[0], ends[1] * trial[1], spec)
         error = _error(rows, *candidate, spec, importance, exponent)
         better = error < least
-        least, factor = torch.where(better, error, least), torch.where(better, trial, factor)
+        least, factors = torch.where(better, error, least), torch.where(better, trial, factors)
         scale, zero = torch.where(better, candidate[0], scale), torch.where(better, candidate[1], zero)
 
-    for tenth in (2, 3, 4, 5, 6, 7, 8, 9, 11, 12):
-        attempt(torch.full_like(low, tenth / 10))
-    centre = factor
-    for hundredth in (-9, -8, -7, -6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 7, 8, 9):
-        attempt((centre + hundredth / 100).clamp(0.2, 1.2))
+    both = torch.ones_like(factors, dtype=torch.bool)
+    low = both & (torch.arange(2, device=rows.device)[:, None] == 0)
+    one_sided = spec.symmetric or bool((ends[0] >= 0).all()) or bool((ends[1] <= 0).all())
+    for moved in (both,) if one_sided else (both, low, ~low):
+        for tenth in (2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12):
+            attempt(torch.where(moved, tenth / 10, factors))
+        centre = factors
+        for hundredth in (-9, -8, -7, -6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 7, 8, 9):
+            attempt(torch.where(moved, (centre + hundredth / 100).clamp(0.2, 1.2), centre))
     return scale, zero
 
 

@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from datafree.closed.regress import regress_norms, regression
+from datafree.closed.absorb import scale_layer, shift_output
+from datafree.closed.regress import regress_layers, regress_norms, regression
 from datafree.graph.flow import flow
 from datafree.graph.fold import norm_vectors
 from datafree.graph.taps import anchored
+from datafree.plan import LayerPlan, Plan, QSpec
+from datafree.quant.insert import codes_of, insert
 from networks import NAMES, build
 
 
@@ -56,3 +59,23 @@ def test_a_rescaled_and_shifted_student_comes_back(name: str) -> None:
     with torch.no_grad():
         assert torch.allclose(teacher(inputs), student(inputs), atol=1e-3, rtol=1e-3)
     assert not any(module._forward_pre_hooks for each in (teacher, student) for module in each.modules())
+
+
+def test_layers_without_norms_come_back_through_their_scales_and_biases() -> None:
+    """What per-channel scales and shifts did to each layer is undone, those of later layers on inputs corrected already."""
+    teacher, task = build("without_norm")
+    inputs = torch.randn(64, *task.shape, generator=generator())
+    read = flow(teacher, inputs[:2])
+    student = insert(teacher, Plan({name: LayerPlan(QSpec(8, axis=layer.out_axis)) for name, layer in read.layers.items()}))
+    exact = copy.deepcopy(student)
+    with torch.no_grad():
+        for layer in read.layers.values():
+            outputs = layer.weight_shape[layer.out_axis]
+            scale_layer(student, layer, torch.linspace(0.5, 2.0, outputs))
+            shift_output(student, layer, torch.linspace(-1, 1, outputs), None)
+        before = (student(inputs) - teacher(inputs)).square().sum()
+        regress_layers(teacher, student, read, inputs, generator())
+        assert (student(inputs) - teacher(inputs)).square().sum() < 1e-3 * before
+    for name in read.layers:
+        assert torch.equal(codes_of(student.get_submodule(name)), codes_of(exact.get_submodule(name)))
+    assert not any(module._forward_hooks for each in (teacher, student) for module in each.modules())
