@@ -4,6 +4,8 @@ The scale of least squared error is best for rounding to nearest; error feedback
 Afterwards every code may still move while all others stand: coordinate descent, and the scale has a closed form given the codes.
 """
 
+from types import MappingProxyType
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,8 @@ from datafree.errors import NetworkError
 from datafree.plan import QSpec
 from datafree.quant.grid import has_zero_points
 
-FACTORS = (0.95, 1.05, 1.15, 1.25, 1.4)  # of the scale, each tried on every row
+# Of the scale, by bits, each tried on every row; where there is no entry, 1 alone.
+FACTORS = MappingProxyType({2: (1.05, 1.15, 1.25, 1.4), 3: (0.95, 1.05, 1.15)})
 SWEEPS = 2
 _COLUMNS = 128  # columns between two products with the errors of all columns
 
@@ -20,7 +23,7 @@ _COLUMNS = 128  # columns between two products with the errors of all columns
 def refine(weight: Tensor, hessian: Tensor, scale: Tensor, spec: QSpec, sweeps: int = SWEEPS) -> tuple[Tensor, Tensor]:
     """Codes (int16, shape of ``weight``) and scales (groups, out): error feedback at FACTORS times ``scale``, then :func:`descend`.
 
-    Each row keeps the factor that serves it best. Never worse than error feedback at any of the factors.
+    Each row keeps the factor that serves it best.
 
     Args:
         weight: (groups, out, n).
@@ -33,15 +36,16 @@ def refine(weight: Tensor, hessian: Tensor, scale: Tensor, spec: QSpec, sweeps: 
     """
     _check(spec)
     weight, hessian = weight.detach().float(), hessian.float()
-    tries = torch.tensor(FACTORS, device=scale.device)
-    scales = scale[:, None] * tries[:, None]  # (groups, tries, out)
-    repeated = weight[:, None].expand(-1, len(tries), -1, -1).flatten(1, 2)
-    codes = error_feedback(repeated, hessian, scales.flatten(1), spec)
-    scales = fit_scale(repeated, codes, hessian, scales.flatten(1))
-    error = energy(repeated - scales[..., None] * codes, hessian).view(len(weight), len(tries), -1)
-    best = error.argmin(1)[:, None]
-    scale = scales.view(len(weight), len(tries), -1).gather(1, best)[:, 0]
-    codes = codes.view(len(weight), len(tries), *weight.shape[1:]).gather(1, best[..., None].expand(-1, -1, -1, weight.shape[2]))[:, 0]
+    codes, found = torch.zeros(weight.shape, dtype=torch.int16, device=weight.device), scale
+    least = torch.full_like(scale, torch.inf)
+    for factor in FACTORS.get(spec.bits, (1.0,)):
+        trial = error_feedback(weight, hessian, scale * factor, spec)
+        fitted = fit_scale(weight, trial, hessian, scale * factor)
+        error = energy(weight - fitted[..., None] * trial, hessian)
+        better = error < least
+        codes, found = torch.where(better[..., None], trial, codes), torch.where(better, fitted, found)
+        least = torch.minimum(error, least)
+    scale = found
     for _ in range(sweeps):
         codes = descend(weight, codes, hessian, scale, spec)
         scale = fit_scale(weight, codes, hessian, scale)

@@ -33,15 +33,15 @@ def successive(
 
     ``rewrite(name, weight, gram)`` is called before each layer with the weight wanted, in the layer's shape, and the statistics of its
     inputs. Layers without a batch norm of their own then get the bias that keeps the mean of their outputs. Activations
-    stay in float meanwhile: their rounding noise is nothing that weights should follow. Layers that are called more than once,
-    and transposed ones, are left alone.
+    stay in float meanwhile: their rounding noise is nothing that weights should follow. What is not :func:`followed`,
+    layers called more than once and transposed ones, is left alone.
     """
     norms = own_norms(student, flow)
     seen: dict[str, tuple[Places, Tensor]] = {}
     handles = []
     for name in names:
         layer = flow.layers[name]
-        if len(layer.calls) != 1 or layer.kind == "conv_transpose":
+        if not followed(layer):
             continue
 
         def record(module: nn.Module, args: tuple[Tensor, ...], result: Tensor, layer: Layer = layer) -> None:
@@ -70,6 +70,11 @@ def successive(
             handle.remove()
 
 
+def followed(layer: Layer) -> bool:
+    """Whether :func:`successive` rewrites this layer."""
+    return len(layer.calls) == 1 and layer.kind != "conv_transpose"
+
+
 def wanted_weight(full: Tensor, inputs: Tensor, outputs: Tensor, layer: Layer, ridge: float) -> tuple[Tensor, Gram]:
     """The weight, in the layer's shape, that brings ``inputs`` near to ``outputs``, and the statistics of ``inputs``.
 
@@ -82,6 +87,6 @@ def wanted_weight(full: Tensor, inputs: Tensor, outputs: Tensor, layer: Layer, r
     cross = (outputs - outputs.mean(1, keepdim=True)).transpose(1, 2) @ (inputs - gram.mean[:, None]) / inputs.shape[1]
     diagonal = gram.cov.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(1, keepdim=True)
-    damped = gram.cov.double() + torch.diag_embed(torch.where(mean > 0, ridge * mean, 1.0).expand_as(diagonal)).double()
-    change = torch.linalg.solve(damped, (cross - rows @ gram.cov).double(), left=False)
-    return from_rows(rows + change.to(rows.dtype), layer), gram
+    damped = gram.cov + torch.diag_embed(torch.where(mean > 0, ridge * mean, 1.0).expand_as(diagonal))
+    change = torch.cholesky_solve((cross - rows @ gram.cov).transpose(1, 2), torch.linalg.cholesky(damped)).transpose(1, 2)
+    return from_rows(rows + change, layer), gram

@@ -21,7 +21,7 @@ from datafree.closed.recalibrate import spread_ratio
 from datafree.closed.refine import refine
 from datafree.closed.regress import divergence, regress_layers, regress_norms
 from datafree.closed.rounding import error_feedback, shrink
-from datafree.closed.successive import successive
+from datafree.closed.successive import followed, successive
 from datafree.context import Ctx
 from datafree.graph.flow import Flow, Layer, read
 from datafree.graph.fold import BatchNorm, norm_vectors
@@ -49,14 +49,16 @@ class Anchor(Method):
 
     family: Family = option("mix", "the procedural pictures: dead leaves, pink noise, white noise, or leaves and pink")
     statistics: Literal["pictures", "moments"] = option(
-        "pictures", "what is known of the layers' inputs: from pictures, or batch norms alone"
+        "pictures", "what tells of layers' inputs before any layer is rounded: pictures, or batch norms"
     )
     shrinkage: float = option(0.2, "how far the covariance is drawn to its diagonal", at_least=0.0, at_most=1.0)
     feedback: bool = option(True, "round with error feedback; else to nearest")
     refine: bool = option(True, "up to 4 bits, choose codes and scales together; else one pass of error feedback")
-    own_inputs: bool = option(True, "round once more, layer after layer, with each layer's inputs as the student has them")
-    match_mean: bool = option(True, "keep the mean of each layer's output")
-    match_spread: bool = option(True, "keep the variance of each layer's output")
+    own_inputs: bool = option(
+        True, "round layer after layer, with each layer's inputs as the student has them; else all with the teacher's"
+    )
+    match_mean: bool = option(True, "keep the mean of each layer's output; rounding in turn always does")
+    match_spread: bool = option(True, "keep the variance of each layer's output; rounding in turn regresses on it instead")
     act_range: Literal["pictures", "moments"] = option(
         "pictures", "activation ranges of least squared error: on pictures, or in closed form"
     )
@@ -74,34 +76,39 @@ class Anchor(Method):
         plan = make_plan(flow, teacher, target, _spec, ctx, self._widths(flow, teacher, target, statistics))
         student = insert(teacher, plan)
         norms = own_norms(student, flow)
-        for step, (name, layer_plan) in enumerate(plan.layers.items(), 1):
+        at_once = [name for name in plan.layers if not self._later(flow.layers[name])]
+        for step, name in enumerate(at_once, 1):
             layer, module, gram = flow.layers[name], student.get_submodule(name), statistics.pop(name)
             full = latent_weight(module).detach().clone()
-            assign(module, *self._round(full, layer, layer_plan.weight, gram))
+            assign(module, *self._round(full, layer, plan.layers[name].weight, gram))
             self._correct(student, layer, full, gram, norms.get(name))
-            ctx.progress("round", step, len(plan.layers))
+            ctx.progress("round", step, len(at_once))
         self._range(teacher, student, flow, task, inputs)
         if inputs is None:
             return student
         if self.own_inputs:
-            self._round_again(teacher, student, flow, plan, inputs, ctx)
+            self._round_in_turn(teacher, student, flow, plan, inputs, ctx)
         return self._recalibrate(teacher, student, flow, task, inputs, ctx)
 
-    def _round_again(self, teacher: nn.Module, student: nn.Module, flow: Flow, plan: Plan, inputs: Tensor, ctx: Ctx) -> None:
+    def _later(self, layer: Layer) -> bool:
+        """Whether the layer is rounded only once those before it are."""
+        return self.own_inputs and followed(layer)
+
+    def _round_in_turn(self, teacher: nn.Module, student: nn.Module, flow: Flow, plan: Plan, inputs: Tensor, ctx: Ctx) -> None:
         """Layer after layer, with its inputs as the student has them and what they lost made good; batch norms follow by regression."""
         done = 0
 
         def rewrite(name: str, wanted: Tensor, gram: Gram) -> None:
             nonlocal done
             assign(student.get_submodule(name), *self._round(wanted, flow.layers[name], plan.layers[name].weight, gram))
-            ctx.progress("round again", done := done + 1, len(plan.layers))
+            ctx.progress("round in turn", done := done + 1, len(plan.layers))
 
         with anchored(teacher), successive(teacher, student, flow, plan.layers, rewrite, ctx.generator):
             regress_norms(teacher, student, flow, inputs, ctx.generator)
 
     def _statistics(self, teacher: nn.Module, flow: Flow, target: Target, inputs: Tensor | None, ctx: Ctx) -> dict[str, Gram]:
         """Of the inputs of every layer that is quantized."""
-        names = [name for name in flow.layers if name not in target.keep]
+        names = [name for name, layer in flow.layers.items() if name not in target.keep and (is_mixed(target) or not self._later(layer))]
         if self.statistics == "moments" or inputs is None:
             known = layer_inputs(flow, teacher)
             if blind := [name for name in names if not known[name].known]:
@@ -154,8 +161,6 @@ class Anchor(Method):
     def _recalibrate(self, teacher: nn.Module, student: nn.Module, flow: Flow, task: Task, inputs: Tensor, ctx: Ctx) -> nn.Module:
         """The student with its norms corrected, or its layers if there is none; ``auto`` keeps what is nearest on fresh pictures."""
         powers = {"none": (), "spread": (0.0,), "regression": (1.0,), "auto": (0.0, 0.5, 1.0)}[self.recalibration]
-        if not powers:
-            return student
         regress = regress_norms if any(layer.norm for layer in flow.layers.values()) else regress_layers
         fresh = pictures(self.family if self.family in ("pink", "white") else "leaves", len(inputs) // 2, task, ctx.generator)
         best, least = student, math.inf

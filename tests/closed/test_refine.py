@@ -26,10 +26,10 @@ def test_better_than_error_feedback_alone(spec: QSpec) -> None:
     scale = mse(weight.flatten(0, 1), spec)[0].view(2, 5)
     codes, refined = refine(weight, hessian, scale, spec)
     found = energy(weight - refined[..., None] * codes, hessian)
-    for factor in (1.0, *FACTORS):
+    for factor in (1.0, *FACTORS[spec.bits]):
         alone = error_feedback(weight, hessian, scale * factor, spec)
         before = energy(weight - (scale * factor)[..., None] * alone, hessian)
-        assert bool((found < before).all()) if factor in FACTORS else float(found.sum()) < 0.95 * float(before.sum())
+        assert bool((found < before).all()) if factor in FACTORS[spec.bits] else float(found.sum()) < 0.95 * float(before.sum())
     assert codes.dtype == torch.int16 and int(codes.abs().max()) <= spec.levels[1]
 
 
