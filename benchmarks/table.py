@@ -20,7 +20,8 @@ HEAD = """\
 Top-1 in percent on the whole set, after quantization without data (the images only measured; CIFAR-10 test, 10000; 500
 ImageNet validation images for MobileNet). In brackets the drop from full precision with its 95 % half-width (paired), then seconds
 for the quantization and its peak memory beyond the loaded network. More than one seed: mean and range. The commit, versions, hash of
-the weights, seed and all fields stand in each result file. A setting whose name ends in `shortcuts` keeps residual sums in float:
+the weights, seed and all fields stand in each result file. Commits that the history does not hold were squashed into
+its first one. A setting whose name ends in `shortcuts` keeps residual sums in float:
 activations are quantized only where layers take them in (`Target.float_shortcuts`).
 """
 
