@@ -47,5 +47,5 @@ clean:
 	@touch $@
 
 .venv-zoo/.zoo: .venv-zoo/.made
-	@.venv-zoo/bin/python $(INSTALL) --upgrade -e '.[timm]' pytest
+	@.venv-zoo/bin/python $(INSTALL) --upgrade -e '.[timm]' pytest pytest-xdist
 	@touch $@
