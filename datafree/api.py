@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,12 +20,14 @@ from datafree.context import Ctx, Event
 from datafree.errors import MethodError, NetworkError, OutputError, TargetError, WeightsError
 from datafree.export.float_weights import weights_hash
 from datafree.export.weights import load_student, save_student
+from datafree.graph.flow import read
 from datafree.graph.swap import frozen_copy
 from datafree.measure.fidelity import fidelity
 from datafree.method import Method, find_method
 from datafree.networks import check_network
 from datafree.plan import Plan, Target
 from datafree.quant.insert import plan_of, quantizers
+from datafree.quant.settle import settle
 from datafree.task import Task
 
 __all__ = ["Result", "check_free", "load", "quantize", "strict_json"]
@@ -139,6 +141,8 @@ def quantize(
     hashed = weights_hash(model)
     start = time.perf_counter()
     student = chosen.run(teacher, task, target, ctx).eval()
+    if target.protocol == "deploy" and quantizers(student):
+        settle(student, read(teacher, task, replace(ctx, on_event=lambda event: None)))
     seconds = time.perf_counter() - start
     plan = plan_of(student)
     _check_contract(teacher, student, task, target)

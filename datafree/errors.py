@@ -9,6 +9,8 @@
     ├── TargetError         bits, protocol, budget or layer names that make no sense
     ├── MethodError         no such method, or a field of a method out of range
     ├── DataError           labelled data for measuring cannot be read
+    ├── ExportError         the student cannot be written for a runtime, or a runtime cannot load the file
+    │   └── VerifyError     the file does not do in the runtime what the student does, or not as fast as it should
     ├── OutputError         an output folder exists or cannot be written
     └── MissingExtraError   an optional dependency is not installed
 
@@ -42,6 +44,14 @@ class MethodError(DatafreeError, ValueError):
 
 class DataError(DatafreeError, ValueError):
     """Labelled data for measuring cannot be read or does not fit the task."""
+
+
+class ExportError(DatafreeError, ValueError):
+    """The student cannot be written for a runtime, or a runtime cannot load the file."""
+
+
+class VerifyError(ExportError):
+    """An exported file runs otherwise than the student, falls back to float, or is slower than the float network."""
 
 
 class OutputError(DatafreeError, OSError):

@@ -8,8 +8,6 @@ Batch norms keep their four vectors, so that the student comes back bit for bit;
 """
 
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from datafree.errors import NetworkError, OutputError, TargetError, WeightsError
+from datafree.errors import NetworkError, TargetError, WeightsError
+from datafree.export.files import write_whole
 from datafree.export.float_weights import named
 from datafree.export.pack import pack, packed_size, unpack
 from datafree.plan import Plan
@@ -47,7 +46,7 @@ def save_student(student: nn.Module, path: str | Path) -> None:
         tensors[f"{name}.weight.codes"] = pack(frozen.codes - frozen.spec.levels[0], frozen.spec.bits)
         tensors |= _range_entries(f"{name}.weight", weight_quantizer(quantized_layers(student)[name]))
     header = json.dumps({"version": VERSION, "plan": plan_of(student).to_json()})
-    _write(tensors, {FORMAT: header}, Path(path))
+    write_whole(path, save(tensors, {FORMAT: header}))
 
 
 def load_student(path: str | Path, model: nn.Module) -> nn.Module:
@@ -160,17 +159,3 @@ def _plan(metadata: Mapping[str, str], file: Path) -> Plan:
         return Plan.from_json(plan)
     except (json.JSONDecodeError, KeyError, TypeError, TargetError) as error:
         raise WeightsError(f"the plan in {file} is damaged: {error}") from error
-
-
-def _write(tensors: dict[str, Tensor], metadata: dict[str, str], file: Path) -> None:
-    """Under another name in the same folder first, so that no half-written file ever stands at ``file``."""
-    if not file.parent.is_dir():
-        raise OutputError(f"there is no folder {file.parent}: make it first")
-    part = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
-    try:
-        part.write_bytes(save(tensors, metadata))
-        os.replace(part, file)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"{file} cannot be written: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)

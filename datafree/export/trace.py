@@ -1,0 +1,133 @@
+"""The student as an ONNX graph of float operations, with a marker node wherever a weight or an activation is quantized.
+
+Markers stand in the domain ``datafree``: ``Weight`` (no data; attribute ``layer``) and ``Quantized`` (one input; attribute ``point``).
+What they mean is up to :mod:`datafree.export.lower`, so that one trace serves all files, the float one too.
+"""
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from datafree.errors import ExportError, MissingExtraError
+from datafree.quant.insert import latent_weight, quantized_layers, quantizers
+from datafree.task import Task
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+DOMAIN = "datafree"
+OPSET = 21  # the first with 4-bit integers
+
+
+class _Weight(nn.Module):
+    """In place of the weight quantizer: a node that stands for the weight."""
+
+    def __init__(self, layer: str) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, like: Tensor) -> Tensor:
+        return torch.onnx.ops.symbolic(f"{DOMAIN}::Weight", (), {"layer": self.layer}, dtype=torch.float32, shape=like.shape, version=1)
+
+
+class _Point(nn.Module):
+    """In place of the quantizer of an activation: a node that stands for it."""
+
+    def __init__(self, point: str) -> None:
+        super().__init__()
+        self.point = point
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.onnx.ops.symbolic(f"{DOMAIN}::Quantized", (x,), {"point": self.point}, dtype=torch.float32, shape=x.shape, version=1)
+
+
+class _Answer(nn.Module):
+    """The network with its task's answer as the only output."""
+
+    def __init__(self, model: nn.Module, task: Task) -> None:
+        super().__init__()
+        self.model, self.task = model, task
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.task.run(self.model, x)
+
+
+def trace(student: nn.Module, task: Task) -> "ir.Model":
+    """The graph of ``student``, from ``input`` (batch, *shape) to ``output``, the batch dynamic; ``student`` stays as it is.
+
+    Raises:
+        ExportError: torch.export cannot follow the network, or ONNX has no form of an operation; the message names the layer.
+        MissingExtraError: onnx is not installed.
+    """
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("writing ONNX needs onnx and onnxscript: pip install 'datafree[onnx]'") from error
+    marked = _Answer(_marked(student), task).eval()
+    device = next(student.parameters()).device
+    example = torch.zeros(2, *task.shape, device=device)
+    with _quiet():
+        try:
+            program = torch.export.export(marked, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        except Exception as error:  # torch.export raises errors of every kind, all of which mean the same here
+            raise ExportError(f"torch.export cannot follow the network: {_first_line(error)}; rewrite what it names") from error
+        try:
+            made = torch.onnx.export(
+                program, dynamo=True, input_names=["input"], output_names=["output"], opset_version=OPSET, verbose=False
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise ExportError(f"{_culprit(program, error)} has no form in ONNX: {_first_line(error.__cause__ or error)}") from error
+    assert made is not None
+    model = made.model
+    model.graph.inputs[0].name, model.graph.outputs[0].name = "input", "output"
+    return model
+
+
+def _marked(student: nn.Module) -> nn.Module:
+    """A copy with markers for quantizers, and stand-ins without memory for the weights behind them."""
+    stand_ins: dict[int, object] = {
+        id(latent): nn.Parameter(torch.zeros((), device=latent.device).expand(latent.shape), requires_grad=False)
+        for latent in map(latent_weight, quantized_layers(student).values())
+    }
+    marked = copy.deepcopy(student, stand_ins)
+    for name, layer in quantized_layers(marked).items():
+        layer.get_submodule("parametrizations.weight").add_module("0", _Weight(name))
+    for point in quantizers(marked):
+        name, _, side = point.rpartition(":")
+        setattr(marked.get_submodule(name), f"{side}_quantizer", _Point(point))
+    return marked
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the remarks of the exporter on what is not installed or will be renamed."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _culprit(program: torch.export.ExportedProgram, error: BaseException) -> str:
+    """The operation that the exporter failed at, and its layer."""
+    for node in program.graph.nodes:
+        if f"%{node.name} :" in str(error) or f"%{node.name} " in str(error.__cause__ or ""):
+            stack = list(node.meta.get("nn_module_stack", {}).values())
+            layer = stack[-1][0].removeprefix("L['self'].").removeprefix("model.") if stack else ""
+            return f"operation {node.target} in {layer or 'the forward of the network'}"
+    return "an operation of the network"
