@@ -1,20 +1,25 @@
 """Real runtimes behind one small face: load a file, run it, say which kernel each layer got."""
 
-import json
 import re
 import tempfile
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, final
 
 import numpy as np
 
 from datafree.errors import ExportError, MissingExtraError
 from datafree.export.integers import Array
 
-_INTEGER = {"QLinearConv", "ConvInteger", "QGemm", "MatMulInteger", "MatMulIntegerToFloat", "QLinearMatMul", "DynamicQuantizeMatMul"}
+if TYPE_CHECKING:
+    import onnxruntime
+
+RuntimeName = Literal["onnxruntime", "openvino"]
+
+_INTEGER = {"QLinearConv", "ConvInteger", "QGemm", "MatMulInteger", "MatMulIntegerToFloat", "QLinearMatMul"}
+_RENAMED = re.compile(r"(_token_\d+|_nchwc|_quant|/duplicated)+$")
 
 
 @dataclass(frozen=True)
@@ -26,38 +31,110 @@ class Kernel:
 
 
 class Loaded(Protocol):
-    """A file in a runtime."""
+    """A file in a runtime.
 
-    @property
-    def runtime(self) -> str:
-        """Name and version of the runtime."""
+    Attributes:
+        runtime: name and version.
+        load_seconds: how long it took to load the file.
+    """
 
-    @property
-    def load_seconds(self) -> float:
-        """How long it took to load the file."""
+    runtime: str
+    load_seconds: float
 
     def run(self, inputs: Array) -> dict[str, Array]:
         """All outputs by name; inputs: (n, *shape), float32."""
 
     def kernels(self, layers: Collection[str]) -> dict[str, Kernel]:
-        """The kernel of each of these layers; a layer that cannot be found in what the runtime made of the file is absent."""
+        """The kernels of these layers; one that cannot be found in what the runtime made of the file is absent."""
 
 
+def open_file(path: str | Path, runtime: RuntimeName | None = None, threads: int = 0, outputs: Sequence[str] = ()) -> Loaded:
+    """Load an exported file.
+
+    Args:
+        path: an ONNX file, or the ``.xml`` of an OpenVINO IR.
+        runtime: OpenVINO for an IR, else ONNX Runtime unless told otherwise.
+        threads: how many may work; 0 leaves it to the runtime.
+        outputs: names of tensors to give beside the file's own outputs.
+
+    Raises:
+        ExportError: the file is missing, damaged, or refused by the runtime.
+        MissingExtraError: the runtime is not installed.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ExportError(f"there is no file {file}: check the path")
+    if runtime == "openvino" or runtime is None and file.suffix == ".xml":
+        from datafree.export.openvino import OpenVino
+
+        return OpenVino(file, threads, outputs)
+    return OnnxRuntime(file, threads, outputs)
+
+
+@final
 class OnnxRuntime:
-    """A file in ONNX Runtime on the CPU. Threads do not spin while they wait: several sessions would disturb each other."""
+    """A file in ONNX Runtime on the CPU. Its threads do not spin while they wait: several sessions would disturb each other."""
 
-    def __init__(self, file: bytes, threads: int = 0, outputs: Sequence[str] = ()) -> None:
-        """Load ``file``; ``outputs`` are tensors to give beside the file's own. Raises ExportError where it is refused."""
-        ort = _onnxruntime()
-        self._optimised = Path(tempfile.mkdtemp(prefix="datafree-")) / "optimised.onnx"
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        start = time.perf_counter()
+    def __init__(self, file: Path, threads: int = 0, outputs: Sequence[str] = ()) -> None:
         try:
-            self._session = ort.InferenceSession(with_outputs(file, outputs), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # its errors share no base of their own
-            raise ExportError(f"ONNX Runtime {ort.__version__} refuses the file: {_first_line(error)}; write it anew, or 'portable'") from error
+            import onnxruntime
+        except ImportError as error:
+            raise MissingExtraError("running ONNX files needs onnxruntime: pip install 'datafree[onnx]'") from error
+        self.runtime = f"onnxruntime {onnxruntime.__version__}"
+        self._file, self._data, self._threads = file, _with_outputs(file, outputs), threads
+        start = time.perf_counter()
+        self._session = self._open()
         self.load_seconds = time.perf_counter() - start
-        self.runtime = f"onnxruntime {ort.__version__}"
+        self._names = [each.name for each in self._session.get_outputs()]
+
+    def _open(self, optimised: Path | None = None) -> "onnxruntime.InferenceSession":
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = self._threads
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if optimised is not None:
+            options.optimized_model_filepath = str(optimised)
+        refusals = onnxruntime.capi.onnxruntime_pybind11_state
+        try:
+            return onnxruntime.InferenceSession(self._data, options, providers=["CPUExecutionProvider"])
+        except (refusals.Fail, refusals.InvalidGraph, refusals.InvalidProtobuf, refusals.InvalidArgument, refusals.NotImplemented) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ExportError(
+                f"{self.runtime} refuses {self._file}: {reason}; damaged files and operators of a later ONNX end so"
+            ) from error
+
+    def run(self, inputs: Array) -> dict[str, Array]:
+        """All outputs by name; inputs: (n, *shape), float32. Raises ExportError where the file takes other inputs."""
+        (wanted,) = self._session.get_inputs()
+        fixed = [size for size in wanted.shape[1:] if isinstance(size, int)]
+        if list(inputs.shape[1:]) != fixed:
+            raise ExportError(
+                f"{self._file} takes inputs of shape {wanted.shape}, not {list(inputs.shape)}: is it the file of this network?"
+            )
+        results = self._session.run(None, {wanted.name: np.ascontiguousarray(inputs, np.float32)})
+        return dict(zip(self._names, results, strict=True))
+
+    def kernels(self, layers: Collection[str]) -> dict[str, Kernel]:
+        """The kernels of these layers, read from the graph as ONNX Runtime has optimised it."""
+        import onnx
+
+        with tempfile.TemporaryDirectory(prefix="datafree-") as folder:
+            self._open(Path(folder) / "optimised.onnx")
+            nodes = onnx.load(Path(folder) / "optimised.onnx", load_external_data=False).graph.node
+        named = {_RENAMED.sub("", node.name): node.op_type for node in nodes}
+        return {name: Kernel(named[name], named[name] in _INTEGER) for name in layers if name in named}
+
+
+def _with_outputs(file: Path, outputs: Sequence[str]) -> bytes:
+    """The file, with further tensors of it among its outputs."""
+    data = file.read_bytes()
+    if not outputs:
+        return data
+    import onnx
+
+    model = onnx.load_from_string(data)
+    there = {name for node in model.graph.node for name in node.output}
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in outputs if name in there)
+    return bytes(model.SerializeToString())

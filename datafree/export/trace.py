@@ -66,6 +66,7 @@ def trace(student: nn.Module, task: Task) -> "ir.Model":
         MissingExtraError: onnx is not installed.
     """
     try:
+        import onnx_ir as ir
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("writing ONNX needs onnx and onnxscript: pip install 'datafree[onnx]'") from error
@@ -85,7 +86,9 @@ def trace(student: nn.Module, task: Task) -> "ir.Model":
             raise ExportError(f"{_culprit(program, error)} has no form in ONNX: {_first_line(error.__cause__ or error)}") from error
     assert made is not None
     model = made.model
-    model.graph.inputs[0].name, model.graph.outputs[0].name = "input", "output"
+    (inputs,), (outputs,) = model.graph.inputs, model.graph.outputs
+    inputs.name, inputs.shape = "input", ir.Shape(["batch", *task.shape])
+    outputs.name, outputs.shape = "output", ir.Shape(["batch", *outputs.shape[1:]])
     return model
 
 
