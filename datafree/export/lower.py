@@ -125,6 +125,8 @@ def _replace(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
 def layer_of(node: ir.Node) -> str | None:
     """The layer whose weight the node takes as its second input, None if it takes none."""
     maker = node.inputs[1].producer() if len(node.inputs) > 1 and node.inputs[1] is not None else None
+    if maker is not None and maker.op_type == "Transpose":
+        maker = maker.inputs[0].producer()
     return maker.attributes.get_string("layer") if maker is not None and (maker.domain, maker.op_type) == ("datafree", "Weight") else None
 
 
@@ -195,21 +197,23 @@ def share_points(graph: ir.Graph, grids: Mapping[str, Grid]) -> None:
 
 def lower_points(graph: ir.Graph, grids: Mapping[str, Grid]) -> None:
     """Quantizers as QuantizeLinear, Clip of the codes where they do not fill uint8, DequantizeLinear."""
+    calls: dict[str, int] = {}
     for node in _marked(graph, "Quantized"):
         point, pen = node.attributes.get_string("point"), Pen(graph, node)
+        calls[point] = calls.get(point, 0) + 1
         value, bounded = _unclamped(node.inputs[0], grids[point])
         scale = pen.constant(np.float32(bounded.scale), f"{point}.scale")
         zero = pen.constant(np.uint8(bounded.zero), f"code {bounded.zero}")
         codes = pen.op("QuantizeLinear", [value, scale, zero])
         if (bounded.low, bounded.high) != (0, 255):
             codes = pen.op("Clip", [codes, *(pen.constant(np.uint8(end), f"code {end}") for end in (bounded.low, bounded.high))])
-        codes.name = codes_name(point)
+        codes.name = codes_name(point, calls[point])
         _replace(graph, node, pen.op("DequantizeLinear", [codes, scale, zero]))
 
 
-def codes_name(point: str) -> str:
-    """The tensor in the file that holds the codes of a point; further calls of a module add .2, .3, ..."""
-    return point + CODES
+def codes_name(point: str, call: int = 1) -> str:
+    """The tensor in the file that holds the codes of a point; the second call of its module has its own, and so on."""
+    return f"{point}{'' if call == 1 else f'.{call}'}{CODES}"
 
 
 def _unclamped(value: ir.Value, found: Grid) -> tuple[ir.Value, Grid]:
@@ -241,6 +245,18 @@ def sink_dequantizers(graph: ir.Graph) -> None:
             for use in tuple(moved.uses()):
                 if use.node is not behind:
                     use.node.replace_input_with(use.idx, behind.outputs[0])
+
+
+def integer_layers(graph: ir.Graph) -> tuple[str, ...]:
+    """The layers of a graph with markers whose weight and input are quantized: those that integer kernels can serve."""
+    found = {}
+    for node in graph:
+        if (name := layer_of(node)) is not None:
+            maker = node.inputs[0].producer()
+            while maker is not None and maker.op_type in _MOVES:
+                maker = maker.inputs[0].producer()
+            found[name] = found.get(name, True) and maker is not None and maker.op_type == "Quantized"
+    return tuple(name for name, integer in found.items() if integer)
 
 
 def lower_layers(graph: ir.Graph, weights: Mapping[str, Integers], style: Style) -> None:

@@ -6,7 +6,7 @@ The batch is dynamic, batch norms are folded, and the metadata say what made the
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from torch import nn
 from datafree.errors import ExportError
 from datafree.export.files import write_whole
 from datafree.export.integers import Integers, integers
-from datafree.export.lower import Grid, Style, grid, lower, lower_float
+from datafree.export.lower import Grid, Style, grid, integer_layers, lower, lower_float
+from datafree.export.runtime import Loaded
 from datafree.export.trace import trace
 from datafree.plan import Plan
 from datafree.quant.freeze import freeze
@@ -36,12 +37,14 @@ class Prepared:
         weights: of the quantized layers, by name.
         grids: of the quantized activations, by point.
         plan: of the student.
+        integer: the layers whose weight and input are quantized, which are to run on integer kernels.
     """
 
     graph: ir.Model
     weights: Mapping[str, Integers]
     grids: Mapping[str, Grid]
-    plan: Plan = field(repr=False)
+    plan: Plan
+    integer: tuple[str, ...]
 
 
 def prepare(student: nn.Module, task: Task) -> Prepared:
@@ -55,20 +58,31 @@ def prepare(student: nn.Module, task: Task) -> Prepared:
     model = trace(student, task)
     weights = {name: integers(frozen, _out_axis(student.get_submodule(name))) for name, frozen in freeze(student).items()}
     grids = {point: grid(point, quantizer) for point, quantizer in quantizers(student).items()}
-    return Prepared(model, weights, grids, plan_of(student))
+    return Prepared(model, weights, grids, plan_of(student), integer_layers(model.graph))
 
 
 def onnx_bytes(prepared: Prepared, style: Style | None = None, made_by: Mapping[str, object] | None = None) -> bytes:
     """The file; ``made_by`` (method, hash of the source weights, ...) goes into its metadata beside plan and versions."""
-    model = prepared.graph.clone()
-    lower(model, prepared.weights, prepared.grids, style or Style())
+    model, style = prepared.graph.clone(), style or Style()
+    lower(model, prepared.weights, prepared.grids, style)
     kinds = {value.dtype for value in model.graph.initializers.values()}
     if kinds & _TWO_BITS:
         model.graph.opset_imports[""], model.ir_version = 25, 13  # the first with 2-bit integers
-    header = {"version": version("datafree"), "plan": prepared.plan.to_json(), **(made_by or {})}
+    header = {**header_of(prepared, made_by), "float_layers": sorted(style.float_layers)}
     model.producer_name, model.producer_version = "datafree", version("datafree")
     model.metadata_props["datafree"] = json.dumps(header)
     return _serialised(model)
+
+
+def header_of(prepared: Prepared, made_by: Mapping[str, object] | None) -> dict[str, object]:
+    """What the metadata of a file say, for JSON."""
+    return {"version": version("datafree"), "plan": prepared.plan.to_json(), **(made_by or {})}
+
+
+def float_layers_of(loaded: Loaded) -> tuple[str, ...]:
+    """The layers that a file leaves on float kernels on purpose, by its metadata."""
+    found = loaded.header().get("float_layers", ())
+    return tuple(map(str, found)) if isinstance(found, list) else ()
 
 
 def float_onnx_bytes(prepared: Prepared) -> bytes:

@@ -1,5 +1,6 @@
 """Real runtimes behind one small face: load a file, run it, say which kernel each layer got."""
 
+import json
 import re
 import tempfile
 import time
@@ -43,6 +44,9 @@ class Loaded(Protocol):
 
     def run(self, inputs: Array) -> dict[str, Array]:
         """All outputs by name; inputs: (n, *shape), float32."""
+
+    def header(self) -> dict[str, object]:
+        """What datafree wrote into the file's metadata; empty where another program made it."""
 
     def kernels(self, layers: Collection[str]) -> dict[str, Kernel]:
         """The kernels of these layers; one that cannot be found in what the runtime made of the file is absent."""
@@ -115,6 +119,10 @@ class OnnxRuntime:
             )
         results = self._session.run(None, {wanted.name: np.ascontiguousarray(inputs, np.float32)})
         return dict(zip(self._names, results, strict=True))
+
+    def header(self) -> dict[str, object]:
+        """What datafree wrote into the file's metadata; empty where another program made it."""
+        return dict(json.loads(self._session.get_modelmeta().custom_metadata_map.get("datafree", "{}")))
 
     def kernels(self, layers: Collection[str]) -> dict[str, Kernel]:
         """The kernels of these layers, read from the graph as ONNX Runtime has optimised it."""

@@ -1,0 +1,219 @@
+"""Does an exported file do in its runtime what the student does, on integer kernels, and faster than the float network?"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from datafree.bits.cost import packed_bytes
+from datafree.export.integers import Array
+from datafree.export.lower import codes_name
+from datafree.export.onnx import Prepared, float_layers_of, float_onnx_bytes, prepare
+from datafree.export.runtime import Kernel, Loaded, RuntimeName, open_file
+from datafree.measure.speed import Latency, interleaved
+from datafree.quant.grid import dequantize, quantize
+from datafree.quant.insert import quantizers
+from datafree.quant.quantizer import Quantizer
+from datafree.task import Task
+
+CLOSE = 1e-3  # of the largest answer: what sums of floats in another order may differ by
+NOISE = 1.05  # a median latency above that of the float file by less is no proof
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What came of running a file.
+
+    Args:
+        file: its name.
+        runtime: name and version.
+        inputs: how many inputs of noise were compared.
+        largest_difference: of the answers of file and student, each going its own way.
+        mean_difference: the same, mean of the absolute values.
+        largest_answer: of the student, to compare with.
+        same_top1: percent of the inputs with the same highest answer.
+        points: how many quantized activations were compared, given what entered them in the file.
+        code_difference: the largest difference of their codes, in quantization steps.
+        differing_codes: percent of their codes that differ.
+        local_difference: of the answers, given the file's own codes of all activations.
+        kernels: of the layers with quantized weights, by name.
+        by_choice: layers that were left on float kernels on purpose.
+        fell_back: layers that have integers to multiply, but got a float kernel or none that could be found.
+        file_bytes: size of the file, all its parts.
+        packed_bytes: of the student's integers, scales and biases.
+        load_seconds: to load it.
+        latency: of one input, in milliseconds.
+        float_latency: of the float file in the same run, taking turns.
+    """
+
+    file: str
+    runtime: str
+    inputs: int
+    largest_difference: float
+    mean_difference: float
+    largest_answer: float
+    same_top1: float
+    points: int
+    code_difference: int
+    differing_codes: float
+    local_difference: float
+    kernels: dict[str, Kernel]
+    by_choice: tuple[str, ...]
+    fell_back: tuple[str, ...]
+    file_bytes: int
+    packed_bytes: int
+    load_seconds: float
+    latency: Latency
+    float_latency: Latency
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """What is wrong, with what to do; empty if nothing is."""
+        found = []
+        if self.fell_back:
+            found.append(
+                f"fell back to float: {', '.join(self.fell_back[:5])}{' and others' if len(self.fell_back) > 5 else ''} "
+                f"({len(self.fell_back)} of {len(self.kernels)} layers): allow it with --allow-fallback, or export to another target"
+            )
+        if self.code_difference > 1:
+            found.append(f"codes of activations differ by {self.code_difference} steps from the student's: do not use this file, report it")
+        if self.local_difference > CLOSE * max(self.largest_answer, 1e-6):
+            found.append(
+                f"given equal codes, answers differ by {self.local_difference:.2g} of {self.largest_answer:.2g}: "
+                "is this the file of that student?"
+            )
+        if self.latency.median > NOISE * self.float_latency.median:
+            found.append(
+                f"slower than the float network: {self.latency.median:.2f} ms against {self.float_latency.median:.2f} ms: "
+                "export with --fastest, or allow it with --allow-fallback"
+            )
+        return tuple(found)
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast as the float file."""
+        return self.float_latency.median / self.latency.median
+
+    def to_json(self) -> dict[str, object]:
+        """A JSON-ready dictionary."""
+        return {**asdict(self), "speedup": self.speedup, "failures": self.failures}
+
+
+def verify(
+    path: str | Path,
+    student: nn.Module,
+    task: Task,
+    *,
+    prepared: Prepared | None = None,
+    runtime: RuntimeName | None = None,
+    threads: int = 0,
+    inputs: int = 16,
+    seed: int = 0,
+) -> Verification:
+    """Run the file at ``path`` beside ``student``, which it was exported from.
+
+    Args:
+        path: an ONNX file, or the ``.xml`` of an OpenVINO IR.
+        student: in eval mode; it stays as it is.
+        task: its inputs and answer.
+        prepared: the student read for export, where that has been done.
+        runtime: ``openvino`` to run an ONNX file in it.
+        threads: of the runtime; 0 leaves it to the runtime.
+        inputs: how many inputs of noise to compare.
+        seed: of the noise.
+
+    Raises:
+        ExportError: the file is missing, damaged, refused by the runtime, or takes other inputs.
+        MissingExtraError: the runtime is not installed.
+    """
+    prepared = prepare(student, task) if prepared is None else prepared
+    file = Path(path)
+    x = task.noise(inputs, torch.Generator().manual_seed(seed))
+    probe = open_file(file, runtime, threads, [codes_name(point) for point in quantizers(student)])
+    found = probe.run(x.numpy())
+    with torch.no_grad():
+        own = task.run(student, x.to(next(student.parameters()).device)).cpu()
+    answer = torch.from_numpy(found["output"])
+    forced, codes = _forced(student, task, x, found)
+    loaded = open_file(file, runtime, threads)
+    latency, float_latency = _latencies(loaded, prepared, runtime, threads, x[:1].numpy())
+    kernels = loaded.kernels(tuple(prepared.weights))
+    left = float_layers_of(loaded)
+    fell_back = tuple(name for name in prepared.integer if name not in left and not (name in kernels and kernels[name].integer))
+    different = (own - answer).abs()
+    return Verification(
+        file=file.name,
+        runtime=loaded.runtime,
+        inputs=inputs,
+        largest_difference=float(different.max()),
+        mean_difference=float(different.mean()),
+        largest_answer=float(own.abs().max()),
+        same_top1=100 * float((own.argmax(1) == answer.argmax(1)).double().mean()),
+        points=len(codes),
+        code_difference=max((int(each.max()) for each in codes), default=0),
+        differing_codes=100 * sum(int((each > 0).sum()) for each in codes) / max(1, sum(each.numel() for each in codes)),
+        local_difference=float((forced - answer).abs().max()),
+        kernels=kernels,
+        by_choice=left,
+        fell_back=fell_back,
+        file_bytes=sum(part.stat().st_size for part in _parts(file)),
+        packed_bytes=packed_bytes(student),
+        load_seconds=loaded.load_seconds,
+        latency=latency,
+        float_latency=float_latency,
+    )
+
+
+def _forced(student: nn.Module, task: Task, x: Tensor, found: dict[str, Array]) -> tuple[Tensor, list[Tensor]]:
+    """The student's answer where every activation takes the codes that the file gave it, and by how many steps its own would differ.
+
+    So a code that was rounded the other way is counted once and does not drag along all that comes after it.
+    """
+    steps: list[Tensor] = []
+    hooks = []
+    for point, quantizer in quantizers(student).items():
+        hooks.append(quantizer.register_forward_hook(_take_over(point, found, steps)))
+    try:
+        with torch.no_grad():
+            return task.run(student, x.to(next(student.parameters()).device)).cpu(), steps
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _take_over(point: str, found: dict[str, Array], steps: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    calls = 0
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> Tensor:
+        nonlocal calls
+        assert isinstance(module, Quantizer)
+        calls += 1
+        given = found.get(codes_name(point, calls))
+        if given is None:  # the file shares the codes of an equal quantizer, or leaves what follows in float
+            return result
+        shift = 128 if module.spec.levels[0] < 0 else 0
+        codes = torch.from_numpy(given.astype(np.int16)).to(result.device) - shift
+        own = quantize(args[0], module.scale, module.zero, module.spec)
+        steps.append((codes - own).abs().cpu())
+        return dequantize(codes, module.scale, module.zero, module.spec)
+
+    return hook
+
+
+def _latencies(loaded: Loaded, prepared: Prepared, runtime: RuntimeName | None, threads: int, x: Array) -> tuple[Latency, Latency]:
+    """Of the file and of the float file in the same runtime, taking turns."""
+    with tempfile.TemporaryDirectory(prefix="datafree-") as folder:
+        whole = Path(folder) / "float.onnx"
+        whole.write_bytes(float_onnx_bytes(prepared))
+        beside: RuntimeName = "openvino" if loaded.runtime.startswith("openvino") else runtime or "onnxruntime"
+        quantized, full = interleaved([loaded, open_file(whole, beside, threads)], x)
+    return quantized, full
+
+
+def _parts(file: Path) -> list[Path]:
+    """The files that make up an export: an IR has its weights in a second one."""
+    return [each for each in (file, file.with_suffix(".bin")) if each == file or file.suffix == ".xml" and each.is_file()]
