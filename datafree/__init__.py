@@ -1,7 +1,7 @@
 """Quantize a trained neural network without any data."""
 
 import datafree.methods  # noqa: F401 - loaded first, so that the name `methods` stays the function
-from datafree.api import Result, load, quantize
+from datafree.api import Result, export, load, quantize, verify
 from datafree.context import Ctx, Event
 from datafree.errors import DatafreeError
 from datafree.measure.accuracy import Accuracy, evaluate
@@ -22,7 +22,9 @@ __all__ = [
     "Target",
     "Task",
     "evaluate",
+    "export",
     "load",
     "methods",
     "quantize",
+    "verify",
 ]

@@ -7,17 +7,19 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
 
 from datafree.bits.cost import float_bytes, packed_bytes
 from datafree.context import Ctx, Event
-from datafree.errors import MethodError, NetworkError, OutputError, TargetError, WeightsError
+from datafree.errors import MethodError, MissingExtraError, NetworkError, OutputError, TargetError, WeightsError
 from datafree.export.float_weights import weights_hash
 from datafree.export.weights import load_student, save_student
 from datafree.graph.flow import read
@@ -30,7 +32,13 @@ from datafree.quant.insert import plan_of, quantizers
 from datafree.quant.settle import settle
 from datafree.task import Task
 
-__all__ = ["Result", "check_free", "load", "quantize", "strict_json"]
+if TYPE_CHECKING:
+    from datafree.export.unpack import Packing
+    from datafree.measure.verify import Verification
+
+__all__ = ["Result", "check_free", "export", "load", "made_by", "quantize", "strict_json", "verify"]
+
+Form = Literal["onnx", "openvino", "safetensors", "program"]
 
 STUDENT_FILE, PLAN_FILE, RUN_FILE = "student.safetensors", "plan.json", "run.json"
 
@@ -44,11 +52,13 @@ class Result:
         plan: bits and grids, as read from the student.
         run: the provenance, for :func:`strict_json`: versions, hash of the weights, seed, method and its fields, target and protocol,
             seconds, peak memory of the process, packed bytes, fidelity on noise, notes.
+        task: inputs and answer of the student.
     """
 
     student: nn.Module
     plan: Plan
     run: dict[str, object]
+    task: Task
 
     def save(self, folder: str | Path) -> Path:
         """Write student.safetensors, plan.json and run.json into a new ``folder``; nothing half-written stays.
@@ -73,6 +83,83 @@ class Result:
             if made is not None:
                 shutil.rmtree(made, ignore_errors=True)
         return target
+
+    def export(self, path: str | Path, to: Form = "onnx", packing: "Packing" = "ort", fastest: bool = False) -> Path:
+        """Write the student for a runtime, see :func:`export`; the metadata name method, target, seed and the hash of the weights."""
+        return export(self.student, self.task, path, to=to, packing=packing, fastest=fastest, made_by=made_by(self.run))
+
+
+def made_by(run: Mapping[str, object]) -> dict[str, object]:
+    """What the metadata of an exported file keep of the provenance ``run``."""
+    return {key: run[key] for key in ("method", "target", "seed", "weights_hash") if key in run}
+
+
+def export(
+    student: nn.Module,
+    task: Task,
+    path: str | Path,
+    *,
+    to: Form = "onnx",
+    packing: "Packing" = "ort",
+    fastest: bool = False,
+    made_by: Mapping[str, object] | None = None,
+) -> Path:
+    """Write ``student`` as a file, whole or not at all.
+
+    Args:
+        student: in eval mode, with all ranges set; it stays as it is.
+        task: its inputs and answer.
+        path: the new file; one that is there is replaced.
+        to: ``onnx``; ``openvino`` (an IR: ``path`` ends in .xml); ``safetensors`` (packed integers, read by :func:`load`); ``program``
+            (torch.export, float operations).
+        packing: of ONNX files: ``ort``; ``openvino-onnx`` for OpenVINO's reader; ``portable`` for any runtime.
+        fastest: time the layers here and leave those that integers do not make faster on float kernels.
+        made_by: what the metadata say beside plan and versions.
+
+    Raises:
+        ExportError: what the network or the plan holds has no form there; the message names the layer.
+        MissingExtraError: onnx or openvino is not installed.
+        OutputError: the file cannot be written.
+    """
+    if to == "safetensors":
+        save_student(student, path)
+        return Path(path)
+    if to == "program":
+        from datafree.export.program import export_program
+
+        return export_program(student, task, path)
+    with _extra("onnx"):
+        from datafree.export.lower import Style
+        from datafree.export.onnx import export_onnx, prepare
+
+        prepared = prepare(student, task)
+    if to == "openvino":
+        with _extra("openvino"):
+            from datafree.export.openvino import export_openvino
+
+            return export_openvino(prepared, path, made_by)
+    style = Style(packing, integer_outputs=packing != "openvino-onnx")
+    if fastest:
+        from datafree.measure.fastest import fastest_layers
+
+        style = replace(style, float_layers=fastest_layers(prepared, task, style))
+    return export_onnx(prepared, path, style, made_by)
+
+
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(f"{error.name} is not installed: pip install 'datafree[{name}]'") from error
+
+
+def verify(path: str | Path, student: nn.Module, task: Task, *, threads: int = 0) -> "Verification":
+    """Run an exported ONNX or OpenVINO file in its runtime beside ``student``: see ``datafree.measure.verify``."""
+    with _extra("onnx"):
+        from datafree.measure.verify import verify as run
+
+        return run(path, student, task, threads=threads)
 
 
 def strict_json(value: object) -> str:
@@ -160,10 +247,11 @@ def quantize(
         "peak_memory_bytes": _peak_memory(ctx.device),
         "float_bytes": float_bytes(model),
         "packed_bytes": packed_bytes(student),
+        "task": asdict(task),
         "fidelity": asdict(fidelity(teacher, student, task, torch.Generator(ctx.device).manual_seed(seed), n=_inputs(task))),
         "notes": notes,
     }
-    return Result(student, plan, run)
+    return Result(student, plan, run, task)
 
 
 def load(folder: str | Path, model: nn.Module) -> nn.Module:

@@ -17,8 +17,9 @@ from rich.padding import Padding
 
 from datafree import show
 from datafree.api import Result, check_free, load, quantize
+from datafree.cli_export import bench_speed_command, export_command, verify_command
 from datafree.context import Ctx
-from datafree.errors import DataError, DatafreeError, MethodError
+from datafree.errors import DataError, DatafreeError, MethodError, VerifyError
 from datafree.graph.flow import read
 from datafree.graph.swap import frozen_copy
 from datafree.measure.accuracy import Comparison, compare, evaluate
@@ -106,13 +107,15 @@ _QuantizeFlags = Annotated[QuantizeFlags, Parameter(name="*")]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns 0, 2 after an error that is the user's to mend, or 130 if interrupted."""
+    """Run one command; returns 0, 2 after an error that is the user's to mend, 3 where a file failed its check, or 130 if interrupted."""
     given = sys.argv[1:] if argv is None else argv
     try:
         _app(given)(given)
     except CycloptsError as error:
         error.verbose = False
         return _fail(f"{error} (see datafree {' '.join((*(error.command_chain or ()), '--help'))})")
+    except VerifyError as error:
+        return _fail(str(error), 3)
     except DatafreeError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -148,6 +151,9 @@ def _app(argv: Sequence[str]) -> App:
     app.command(_inspect, name="inspect")
     app.command(_quantize_command(_method_in(argv)), name="quantize")
     app.command(_evaluate, name="evaluate")
+    app.command(export_command, name="export")
+    app.command(verify_command, name="verify")
+    app.command(bench_speed_command, name="bench-speed")
     return app
 
 
@@ -207,7 +213,7 @@ def _demo(*, out: Annotated[Path | None, Parameter(help="a new folder; datafree-
             result = quantize(network.model, network.task, method=method, target=Target(weight_bits=bits), on_event=listen)
             data, name = _data(DIGITS, DIGITS, network.task)
             comparison = compare(network.model, result.student, network.task, data, listen)
-            result = _measured(result, network.name, name, comparison)
+            result = _measured(result, DIGITS, network.name, name, comparison)
             result.save(folder / f"{method}-w{'-'.join(map(str, bits))}")
             found.append((result, comparison))
     console.print(f"A network for handwritten digits ({found[0][1].paired.total} held out), quantized without data:\n")
@@ -263,7 +269,7 @@ def _quantize(net: str, flags: QuantizeFlags, network: NetworkFlags, method: Met
             found.model, found.task, method=method, target=target, seed=flags.seed, device=network.device, on_event=listen
         )  # fmt: skip
         comparison = None if data is None else compare(found.model, result.student, found.task, data, listen)
-    result = _measured(result, found.name, data_name, comparison)
+    result = _measured(result, net, found.name, data_name, comparison)
     folder = result.save(_fresh(_run_folder(found.name, method.name, target)) if flags.out is None else flags.out)
     if flags.json:
         show.show_json(_stdout(), {**result.run, "folder": folder})
@@ -331,10 +337,10 @@ def _data(data: str, net: str, task: Task) -> tuple[Data, str]:
     return open_data(data, task), Path(data).name
 
 
-def _measured(result: Result, network: str, data: str, comparison: Comparison | None) -> Result:
+def _measured(result: Result, net: str, network: str, data: str, comparison: Comparison | None) -> Result:
     """The result with the network's name in its record, and with its accuracy if that was measured."""
     accuracy = {} if comparison is None else {"accuracy": show.accuracy_report(data, comparison)}
-    return replace(result, run={"network": network, **result.run, **accuracy})
+    return replace(result, run={"net": net, "network": network, **result.run, **accuracy})
 
 
 def _run_folder(network: str, method: str, target: Target) -> Path:

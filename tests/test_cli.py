@@ -353,7 +353,7 @@ def test_events_reach_the_bar_and_notes_the_summary(capsys: Output, own: str, mo
         assert callable(on_event)
         on_event(Event("note", message="unheard"))
         result = datafree.quantize(*args, on_event=on_event, **options)  # type: ignore[arg-type]
-        return datafree.Result(result.student, result.plan, {**result.run, "notes": ["remarkable " * 100]})
+        return datafree.Result(result.student, result.plan, {**result.run, "notes": ["remarkable " * 100]}, result.task)
 
     monkeypatch.setattr("datafree.cli.quantize", noting)
     text = told(capsys, "quantize", own)

@@ -249,7 +249,7 @@ def sink_dequantizers(graph: ir.Graph) -> None:
 
 def integer_layers(graph: ir.Graph) -> tuple[str, ...]:
     """The layers of a graph with markers whose weight and input are quantized: those that integer kernels can serve."""
-    found = {}
+    found: dict[str, bool] = {}
     for node in graph:
         if (name := layer_of(node)) is not None:
             maker = node.inputs[0].producer()

@@ -37,10 +37,12 @@ class Loaded(Protocol):
     Attributes:
         runtime: name and version.
         load_seconds: how long it took to load the file.
+        input_shape: of one input, without the batch.
     """
 
     runtime: str
     load_seconds: float
+    input_shape: tuple[int, ...]
 
     def run(self, inputs: Array) -> dict[str, Array]:
         """All outputs by name; inputs: (n, *shape), float32."""
@@ -89,6 +91,8 @@ class OnnxRuntime:
         start = time.perf_counter()
         self._session = self._open()
         self.load_seconds = time.perf_counter() - start
+        (wanted,) = self._session.get_inputs()
+        self._input, self.input_shape = wanted.name, tuple(wanted.shape[1:])
         self._names = [each.name for each in self._session.get_outputs()]
 
     def _open(self, optimised: Path | None = None) -> "onnxruntime.InferenceSession":
@@ -141,8 +145,12 @@ def _with_outputs(file: Path, outputs: Sequence[str]) -> bytes:
     if not outputs:
         return data
     import onnx
+    from google.protobuf.message import DecodeError
 
-    model = onnx.load_from_string(data)
+    try:
+        model = onnx.load_from_string(data)
+    except DecodeError as error:
+        raise ExportError(f"{file} is no ONNX file, or a damaged one: {error}; export it anew") from error
     there = {name for node in model.graph.node for name in node.output}
     model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in outputs if name in there)
     return bytes(model.SerializeToString())

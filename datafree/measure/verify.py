@@ -40,7 +40,8 @@ class Verification:
         code_difference: the largest difference of their codes, in quantization steps.
         differing_codes: percent of their codes that differ.
         local_difference: of the answers, given the file's own codes of all activations.
-        kernels: of the layers with quantized weights, by name.
+        layers: how many have quantized weights.
+        kernels: of these layers, by name, where the runtime still knows them.
         by_choice: layers that were left on float kernels on purpose.
         fell_back: layers that have integers to multiply, but got a float kernel or none that could be found.
         file_bytes: size of the file, all its parts.
@@ -61,6 +62,7 @@ class Verification:
     code_difference: int
     differing_codes: float
     local_difference: float
+    layers: int
     kernels: dict[str, Kernel]
     by_choice: tuple[str, ...]
     fell_back: tuple[str, ...]
@@ -71,20 +73,28 @@ class Verification:
     float_latency: Latency
 
     @property
-    def failures(self) -> tuple[str, ...]:
-        """What is wrong, with what to do; empty if nothing is."""
+    def differences(self) -> tuple[str, ...]:
+        """Where the file computes something else than the student, with what to do; empty if it does not."""
         found = []
-        if self.fell_back:
-            found.append(
-                f"fell back to float: {', '.join(self.fell_back[:5])}{' and others' if len(self.fell_back) > 5 else ''} "
-                f"({len(self.fell_back)} of {len(self.kernels)} layers): allow it with --allow-fallback, or export to another target"
-            )
         if self.code_difference > 1:
-            found.append(f"codes of activations differ by {self.code_difference} steps from the student's: do not use this file, report it")
-        if self.local_difference > CLOSE * max(self.largest_answer, 1e-6):
+            found.append(
+                f"codes of activations differ by {self.code_difference} steps from the student's: is this the file of that student?"
+            )
+        if not self.local_difference <= CLOSE * max(self.largest_answer, 1e-6):
             found.append(
                 f"given equal codes, answers differ by {self.local_difference:.2g} of {self.largest_answer:.2g}: "
                 "is this the file of that student?"
+            )
+        return tuple(found)
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """All that is wrong, with what to do; empty if nothing is."""
+        found = list(self.differences)
+        if self.fell_back:
+            found.append(
+                f"fell back to float: {', '.join(self.fell_back[:5])}{' and others' if len(self.fell_back) > 5 else ''} "
+                f"({len(self.fell_back)} of {self.layers} layers): allow it with --allow-fallback, or export to another target"
             )
         if self.latency.median > NOISE * self.float_latency.median:
             found.append(
@@ -157,6 +167,7 @@ def verify(
         code_difference=max((int(each.max()) for each in codes), default=0),
         differing_codes=100 * sum(int((each > 0).sum()) for each in codes) / max(1, sum(each.numel() for each in codes)),
         local_difference=float((forced - answer).abs().max()),
+        layers=len(prepared.weights),
         kernels=kernels,
         by_choice=left,
         fell_back=fell_back,

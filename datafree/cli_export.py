@@ -1,0 +1,156 @@
+"""The commands around exported files: ``export``, ``verify``, ``bench-speed``."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from cyclopts import Parameter
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from datafree import show
+from datafree.api import RUN_FILE, Form, export, load, made_by, verify
+from datafree.errors import ExportError, VerifyError, WeightsError
+from datafree.measure.verify import Verification
+from datafree.networks import load_network
+from datafree.task import Task
+
+SUFFIXES: dict[Form, str] = {"onnx": ".onnx", "openvino": ".xml", "safetensors": ".safetensors", "program": ".pt2"}
+
+Run = Annotated[Path, Parameter(help="a folder that 'quantize' wrote")]
+Net = Annotated[str | None, Parameter(help="the float network, where it is no longer what the run names")]
+Json = Annotated[bool, Parameter(help="print JSON instead of a table", negative=())]
+Threads = Annotated[int, Parameter(help="threads of the runtime; 0 leaves it to the runtime")]
+Fallback = Annotated[
+    bool, Parameter(help="do not fail for layers that fell back to float, or a file slower than the float network", negative=())
+]
+
+
+def export_command(
+    run: Run,
+    /,
+    *,
+    to: Annotated[Form, Parameter(help="the kind of file")] = "onnx",
+    packing: Annotated[
+        Literal["ort", "openvino-onnx", "portable"], Parameter(help="of ONNX files: for which runtime weights are packed")
+    ] = "ort",
+    out: Annotated[Path | None, Parameter(help="the file; RUN/model.SUFFIX unless given")] = None,
+    fastest: Annotated[bool, Parameter(help="leave layers in float that integers do not make faster here", negative=())] = False,
+    allow_fallback: Fallback = False,
+    net: Net = None,
+    threads: Threads = 0,
+    json: Json = False,
+) -> None:
+    """Write the student of a run as a file, run it in its runtime and compare."""
+    student, task, record = open_run(run, net)
+    file = export(student, task, out or run / f"model{SUFFIXES[to]}", to=to, packing=packing, fastest=fastest, made_by=made_by(record))
+    if to in ("safetensors", "program"):
+        Console(highlight=False).print(f"wrote {file}, {file.stat().st_size} bytes", soft_wrap=True)
+        return
+    tell(verify(file, student, task, threads=threads), json, allow_fallback)
+
+
+def verify_command(
+    file: Annotated[Path, Parameter(help="an ONNX file, or the .xml of an OpenVINO IR")],
+    /,
+    *,
+    against: Run,
+    allow_fallback: Fallback = False,
+    net: Net = None,
+    threads: Threads = 0,
+    json: Json = False,
+) -> None:
+    """Run an exported file in its runtime and compare it with the student of a run."""
+    student, task, _ = open_run(against, net)
+    tell(verify(file, student, task, threads=threads), json, allow_fallback)
+
+
+def bench_speed_command(
+    *files: Annotated[Path, Parameter(help="ONNX files, or the .xml of OpenVINO IRs")],
+    batch: Annotated[int, Parameter(help="inputs in one run")] = 1,
+    threads: Threads = 0,
+    json: Json = False,
+) -> None:
+    """Time exported files, taking turns in one process; ratios are to the first."""
+    from datafree.export.runtime import open_file
+    from datafree.measure.speed import interleaved
+
+    if not files:
+        raise ExportError("give one file at least")
+    if batch < 1:
+        raise ExportError(f"--batch must be 1 or more, not {batch}")
+    loaded = [open_file(file, threads=threads) for file in files]
+    shapes = {each.input_shape for each in loaded}
+    if len(shapes) > 1:
+        raise ExportError(f"the files take inputs of different shapes, {sorted(shapes)}: time them one by one")
+    inputs = torch.randn(batch, *shapes.pop(), generator=torch.Generator().manual_seed(0)).numpy()
+    found = interleaved(loaded, inputs)
+    rows = [
+        {
+            "file": str(file), "runtime": each.runtime, "load_seconds": each.load_seconds, "median_ms": latency.median,
+            "low_ms": latency.low, "high_ms": latency.high, "times_as_fast": found[0].median / latency.median,
+        }
+        for file, each, latency in zip(files, loaded, found, strict=True)
+    ]  # fmt: skip
+    console = Console(highlight=False, markup=False, emoji=False)
+    if json:
+        show.show_json(console, rows)
+        return
+    table = Table("file", "median ms", "quartiles", "times as fast", "load s", box=None, pad_edge=False)
+    for row, latency in zip(rows, found, strict=True):
+        quartiles = f"{latency.low:.2f} to {latency.high:.2f}"
+        table.add_row(
+            Path(str(row["file"])).name, f"{latency.median:.2f}", quartiles, f"{row['times_as_fast']:.2f}", f"{row['load_seconds']:.2f}"
+        )
+    console.print(table)
+
+
+def open_run(folder: Path, net: str | None) -> tuple[nn.Module, Task, dict[str, object]]:
+    """The student of a run, its task and its record. Raises WeightsError where the folder holds no whole run."""
+    try:
+        record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        task = Task(**{key: tuple(value) if isinstance(value, list) else value for key, value in record["task"].items()})
+    except FileNotFoundError as error:
+        raise WeightsError(f"{folder} holds no {RUN_FILE}: expected a folder that 'datafree quantize' wrote") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{folder / RUN_FILE} is damaged or of another version: {error!r}; quantize again") from error
+    source = net or str(record.get("net", ""))
+    if not source:
+        raise WeightsError(f"{folder / RUN_FILE} does not name its network: give it with --net")
+    return load(folder, load_network(source, pretrained=False).model), task, record
+
+
+def tell(found: Verification, as_json: bool, allow_fallback: bool) -> None:
+    """Show what came of running a file. Raises VerifyError where it failed; fallbacks and slowness may be allowed."""
+    console = Console(highlight=False, markup=False, emoji=False)
+    if as_json:
+        show.show_json(console, found.to_json())
+    else:
+        show.show_rows(console, verification_rows(found))
+    failures = found.differences if allow_fallback else found.failures
+    if failures:
+        raise VerifyError("; ".join(failures))
+
+
+def verification_rows(found: Verification) -> list[tuple[str, str]]:
+    """What came of running a file, as rows."""
+    integer = sum(kernel.integer for kernel in found.kernels.values())
+    kernels = f"{integer} of {found.layers} layers are integer; {len(found.fell_back)} fell back"
+    chosen = f", {len(found.by_choice)} in float by choice" if found.by_choice else ""
+    compared = f"{found.points} activations: {found.differing_codes:.2g} % of the codes differ, by {found.code_difference} steps at most"
+    return [
+        ("file", f"{found.file}, {found.file_bytes / 1000:.1f} kB (bits, scales and biases: {found.packed_bytes / 1000:.1f} kB)"),
+        ("runtime", f"{found.runtime}, loaded in {found.load_seconds:.2f} s"),
+        ("kernels", kernels + chosen),
+        (
+            "answers",
+            f"differ by {found.largest_difference:.2g} of {found.largest_answer:.3g}; same top-1 on {found.same_top1:.1f} % of noise",
+        ),
+        ("step by step", compared),
+        (
+            "latency",
+            f"{found.latency.median:.2f} ms, the float network {found.float_latency.median:.2f} ms: {found.speedup:.2f} times as fast",
+        ),
+    ]

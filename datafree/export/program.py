@@ -1,0 +1,30 @@
+"""The student as a program of torch.export: float operations that round as the student does, for runtimes that read those."""
+
+import io
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from datafree.errors import ExportError
+from datafree.export.files import write_whole
+from datafree.quant.freeze import materialise
+from datafree.task import Task
+
+
+def export_program(student: nn.Module, task: Task, path: str | Path) -> Path:
+    """Write ``student`` to ``path`` (.pt2), the batch dynamic, whole or not at all; ``torch.export.load`` reads it.
+
+    Weights are stored as float32 values: the file is as large as the float network.
+
+    Raises ExportError where torch.export cannot follow the network, OutputError where the file cannot be written.
+    """
+    plain = materialise(student).eval()
+    example = torch.zeros(2, *task.shape, device=next(student.parameters()).device)
+    try:
+        program = torch.export.export(plain, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    except Exception as error:  # torch.export raises errors of every kind, all of which mean the same here
+        raise ExportError(f"torch.export cannot follow the network: {str(error).strip().splitlines()[0]}; rewrite what it names") from error
+    data = io.BytesIO()
+    torch.export.save(program, data)
+    return write_whole(path, data.getvalue())

@@ -1,0 +1,80 @@
+"""The commands around exported files, as a user types them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import datafree
+from datafree import cli
+from datafree.networks import load_network
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    assert cli.main(["quantize", "digits", "--method", "rtn", "--weight-bits", "4", "--act-bits", "4", "--out", str(folder)]) == 0
+    assert cli.main(["export", str(folder), "--allow-fallback"]) == 0
+    return folder
+
+
+def test_export_tells_kernels_and_differences(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", str(run / "model.onnx"), "--against", str(run), "--allow-fallback"]) == 0
+    told = capsys.readouterr().out
+    assert "16 of 16 layers are integer; 0 fell back" in told and "times as fast" in told
+
+
+def test_json_of_verify(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", str(run / "model.onnx"), "--against", str(run), "--allow-fallback", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["code_difference"] == 0 and found["same_top1"] == 100 and found["file_bytes"] < 1.25 * found["packed_bytes"]
+
+
+def test_a_file_of_another_student_ends_with_3(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other"
+    assert cli.main(["quantize", "digits", "--method", "rtn", "--weight-bits", "2", "--act-bits", "4", "--out", str(other)]) == 0
+    assert cli.main(["verify", str(run / "model.onnx"), "--against", str(other), "--allow-fallback"]) == 3
+    assert "is this the file of that student" in capsys.readouterr().err
+
+
+def test_other_forms(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["export", str(run), "--to", "safetensors"]) == 0
+    assert cli.main(["export", str(run), "--to", "program"]) == 0
+    task = load_network("digits").task
+    inputs = task.noise(3, torch.Generator().manual_seed(0))
+    student = datafree.load(run, load_network("digits").model)
+    program = torch.export.load(run / "model.pt2").module()
+    with torch.no_grad():
+        torch.testing.assert_close(program(inputs), student(inputs), rtol=1e-5, atol=1e-5)
+    assert (run / "model.safetensors").read_bytes() == (run / "student.safetensors").read_bytes()
+
+
+def test_bench_speed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(run / "model.onnx")
+    assert cli.main(["bench-speed", file, file, "--json", "--threads", "1"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["file"] for row in rows] == [file, file] and rows[0]["times_as_fast"] == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    (
+        (["export", "nowhere"], "nowhere holds no run.json"),
+        (["verify", "nowhere.onnx", "--against", "RUN"], "there is no file nowhere.onnx"),
+        (["verify", "RUN/short.onnx", "--against", "RUN"], "damaged"),
+        (["export", "RUN", "--out", "nowhere/model.onnx"], "there is no folder nowhere"),
+        (["bench-speed"], "one file at least"),
+        (["bench-speed", "RUN/model.onnx", "--batch", "0"], "--batch must be 1 or more"),
+    ),
+)
+def test_bad_input_is_told(run: Path, command: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "short.onnx").write_bytes((run / "model.onnx").read_bytes()[:3000])
+    assert cli.main([each.replace("RUN", str(run)) for each in command]) == 2
+    assert told in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_damaged_record_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    assert cli.main(["export", str(tmp_path)]) == 2
+    assert "damaged" in capsys.readouterr().err
