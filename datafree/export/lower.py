@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from datafree.errors import ExportError
 from datafree.export.integers import Array, Integers
@@ -73,7 +74,7 @@ def lower(model: ir.Model, weights: Mapping[str, Integers], grids: Mapping[str, 
     drop_points(graph, grids, style.float_layers)
     share_points(graph, grids)
     lower_points(graph, grids)
-    ir.passes.common.RemoveUnusedNodesPass()(model)  # clamps that nobody reads any more would read what layers put out
+    common.RemoveUnusedNodesPass()(model)  # clamps that nobody reads any more would read what layers put out
     sink_dequantizers(graph)
     lower_layers(graph, weights, style)
     _tidy(model, weights)
@@ -91,7 +92,6 @@ def lower_float(model: ir.Model, weights: Mapping[str, Integers]) -> None:
 
 
 def _tidy(model: ir.Model, layers: Collection[str]) -> None:
-    common = ir.passes.common
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedOpsetsPass()(model)
     common.ClearMetadataAndDocStringPass()(model)

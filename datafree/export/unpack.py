@@ -38,7 +38,8 @@ class Pen:
         return node.outputs[0]
 
     def constant(self, value: Array | np.generic | ir.TensorProtocol, name: str) -> ir.Value:
-        """An initializer; a name that is taken is that of an equal one."""
+        """An initializer; a name that was given before is that of an equal one. The colon keeps apart what the network brings."""
+        name = f":{name}"
         if name not in self.graph.initializers:
             tensor = value if isinstance(value, ir.TensorProtocol) else ir.tensor(np.asarray(value), name=name)
             made = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
