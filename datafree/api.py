@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Result", "check_free", "export", "load", "made_by", "quantize", "strict_json", "verify"]
 
-Form = Literal["onnx", "openvino", "safetensors", "program"]
+Form = Literal["onnx", "safetensors", "program"]
 
 STUDENT_FILE, PLAN_FILE, RUN_FILE = "student.safetensors", "plan.json", "run.json"
 
@@ -110,15 +110,14 @@ def export(
         student: in eval mode, with all ranges set; it stays as it is.
         task: its inputs and answer.
         path: the new file; one that is there is replaced.
-        to: ``onnx``; ``openvino`` (an IR: ``path`` ends in .xml); ``safetensors`` (packed integers, read by :func:`load`); ``program``
-            (torch.export, float operations).
+        to: ``onnx``; ``safetensors`` (packed integers, read by :func:`load`); ``program`` (torch.export, float operations).
         packing: of ONNX files: ``ort``; ``openvino-onnx`` for OpenVINO's reader; ``portable`` for any runtime.
-        fastest: time the layers here and leave those that integers do not make faster on float kernels.
+        fastest: time the file here, and take float kernels (the weights stay packed) if integers are not faster.
         made_by: what the metadata say beside plan and versions.
 
     Raises:
         ExportError: what the network or the plan holds has no form there; the message names the layer.
-        MissingExtraError: onnx or openvino is not installed.
+        MissingExtraError: onnx is not installed.
         OutputError: the file cannot be written.
     """
     if to == "safetensors":
@@ -133,16 +132,11 @@ def export(
         from datafree.export.onnx import export_onnx, prepare
 
         prepared = prepare(student, task)
-    if to == "openvino":
-        with _extra("openvino"):
-            from datafree.export.openvino import export_openvino
-
-            return export_openvino(prepared, path, made_by)
     style = Style(packing, integer_outputs=packing != "openvino-onnx")
     if fastest:
-        from datafree.measure.fastest import fastest_layers
+        from datafree.measure.fastest import fastest_style
 
-        style = replace(style, float_layers=fastest_layers(prepared, task, style))
+        style = fastest_style(prepared, task, style)
     return export_onnx(prepared, path, style, made_by)
 
 
@@ -155,7 +149,7 @@ def _extra(name: str) -> Iterator[None]:
 
 
 def verify(path: str | Path, student: nn.Module, task: Task, *, threads: int = 0) -> "Verification":
-    """Run an exported ONNX or OpenVINO file in its runtime beside ``student``: see ``datafree.measure.verify``."""
+    """Run an exported ONNX file in ONNX Runtime beside ``student``: see ``datafree.measure.verify``."""
     with _extra("onnx"):
         from datafree.measure.verify import verify as run
 

@@ -1,8 +1,9 @@
 """The commands around exported files: ``export``, ``verify``, ``bench-speed``."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from cyclopts import Parameter
@@ -12,63 +13,86 @@ from torch import nn
 
 from datafree import show
 from datafree.api import RUN_FILE, Form, export, load, made_by, verify
+from datafree.bits.cost import packed_bytes
 from datafree.errors import ExportError, VerifyError, WeightsError
 from datafree.measure.verify import Verification
+from datafree.method import option
 from datafree.networks import load_network
 from datafree.task import Task
 
-SUFFIXES: dict[Form, str] = {"onnx": ".onnx", "openvino": ".xml", "safetensors": ".safetensors", "program": ".pt2"}
-
 Run = Annotated[Path, Parameter(help="a folder that 'quantize' wrote")]
-Net = Annotated[str | None, Parameter(help="the float network, where it is no longer what the run names")]
 Json = Annotated[bool, Parameter(help="print JSON instead of a table", negative=())]
 Threads = Annotated[int, Parameter(help="threads of the runtime; 0 leaves it to the runtime")]
-Fallback = Annotated[
-    bool, Parameter(help="do not fail for layers that fell back to float, or a file slower than the float network", negative=())
-]
 
 
-def export_command(
-    run: Run,
-    /,
-    *,
-    to: Annotated[Form, Parameter(help="the kind of file")] = "onnx",
-    packing: Annotated[
-        Literal["ort", "openvino-onnx", "portable"], Parameter(help="of ONNX files: for which runtime weights are packed")
-    ] = "ort",
-    out: Annotated[Path | None, Parameter(help="the file; RUN/model.SUFFIX unless given")] = None,
-    fastest: Annotated[bool, Parameter(help="leave layers in float that integers do not make faster here", negative=())] = False,
-    allow_fallback: Fallback = False,
-    net: Net = None,
-    threads: Threads = 0,
-    json: Json = False,
-) -> None:
+@dataclass(frozen=True)
+class ExportFlags:
+    """What file to write."""
+
+    to: Form = option("onnx", "the kind of file")
+    packing: Literal["ort", "openvino-onnx", "portable"] = option("ort", "of ONNX files: for which runtime weights are packed")
+    out: Path | None = option(None, "the file; model with the suffix of its kind in RUN unless given")
+    fastest: Annotated[bool, Parameter(negative=())] = option(
+        False, "float kernels and unrounded activations where integers are not faster here"
+    )
+
+
+@dataclass(frozen=True)
+class CheckFlags:
+    """How the file is checked."""
+
+    allow_fallback: Annotated[bool, Parameter(negative=())] = option(
+        False, "do not fail for layers that fell back to float, or for a file slower than the float network"
+    )
+    net: str | None = option(None, "the float network, where it is no longer what the run names")
+    threads: int = option(0, "threads of the runtime; 0 leaves it to the runtime")
+    json: Json = option(False, "print JSON instead of a table")
+
+
+_EXPORT, _CHECK = ExportFlags(), CheckFlags()
+_ExportFlags = Annotated[ExportFlags, Parameter(name="*")]
+_CheckFlags = Annotated[CheckFlags, Parameter(name="*")]
+
+
+def export_command(run: Run, /, *, flags: _ExportFlags = _EXPORT, check: _CheckFlags = _CHECK) -> None:
     """Write the student of a run as a file, run it in its runtime and compare."""
-    student, task, record = open_run(run, net)
-    file = export(student, task, out or run / f"model{SUFFIXES[to]}", to=to, packing=packing, fastest=fastest, made_by=made_by(record))
-    if to in ("safetensors", "program"):
+    student, task, record = open_run(run, check.net)
+    suffix = {"onnx": ".onnx", "safetensors": ".safetensors", "program": ".pt2"}[flags.to]
+    file = flags.out or run / f"model{suffix}"
+    export(student, task, file, to=flags.to, packing=flags.packing, fastest=flags.fastest, made_by=made_by(record))
+    if flags.to in ("safetensors", "program"):
         Console(highlight=False).print(f"wrote {file}, {file.stat().st_size} bytes", soft_wrap=True)
-        return
-    tell(verify(file, student, task, threads=threads), json, allow_fallback)
+    else:
+        _check(file, student, task, check)
 
 
 def verify_command(
-    file: Annotated[Path, Parameter(help="an ONNX file, or the .xml of an OpenVINO IR")],
+    file: Annotated[Path, Parameter(help="an ONNX file")],
     /,
     *,
     against: Run,
-    allow_fallback: Fallback = False,
-    net: Net = None,
-    threads: Threads = 0,
-    json: Json = False,
+    check: _CheckFlags = _CHECK,
 ) -> None:
     """Run an exported file in its runtime and compare it with the student of a run."""
-    student, task, _ = open_run(against, net)
-    tell(verify(file, student, task, threads=threads), json, allow_fallback)
+    student, task, _ = open_run(against, check.net)
+    _check(file, student, task, check)
+
+
+def _check(file: Path, student: nn.Module, task: Task, flags: CheckFlags) -> None:
+    """Show what came of running a file. Raises VerifyError where it failed; fallbacks and slowness may be allowed."""
+    found, size = verify(file, student, task, threads=flags.threads), packed_bytes(student)
+    console = Console(highlight=False, markup=False, emoji=False)
+    if flags.json:
+        show.show_json(console, {**found.to_json(), "packed_bytes": size})
+    else:
+        show.show_rows(console, verification_rows(found, size))
+    failures = found.differences if flags.allow_fallback else found.failures
+    if failures:
+        raise VerifyError("; ".join(failures))
 
 
 def bench_speed_command(
-    *files: Annotated[Path, Parameter(help="ONNX files, or the .xml of OpenVINO IRs")],
+    *files: Annotated[Path, Parameter(help="ONNX files")],
     batch: Annotated[int, Parameter(help="inputs in one run")] = 1,
     threads: Threads = 0,
     json: Json = False,
@@ -111,7 +135,8 @@ def open_run(folder: Path, net: str | None) -> tuple[nn.Module, Task, dict[str, 
     """The student of a run, its task and its record. Raises WeightsError where the folder holds no whole run."""
     try:
         record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-        task = Task(**{key: tuple(value) if isinstance(value, list) else value for key, value in record["task"].items()})
+        given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in record["task"].items()}
+        task = Task(**given)
     except FileNotFoundError as error:
         raise WeightsError(f"{folder} holds no {RUN_FILE}: expected a folder that 'datafree quantize' wrote") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -122,26 +147,14 @@ def open_run(folder: Path, net: str | None) -> tuple[nn.Module, Task, dict[str, 
     return load(folder, load_network(source, pretrained=False).model), task, record
 
 
-def tell(found: Verification, as_json: bool, allow_fallback: bool) -> None:
-    """Show what came of running a file. Raises VerifyError where it failed; fallbacks and slowness may be allowed."""
-    console = Console(highlight=False, markup=False, emoji=False)
-    if as_json:
-        show.show_json(console, found.to_json())
-    else:
-        show.show_rows(console, verification_rows(found))
-    failures = found.differences if allow_fallback else found.failures
-    if failures:
-        raise VerifyError("; ".join(failures))
-
-
-def verification_rows(found: Verification) -> list[tuple[str, str]]:
-    """What came of running a file, as rows."""
+def verification_rows(found: Verification, packed: int) -> list[tuple[str, str]]:
+    """What came of running a file, as rows; ``packed``: bytes of the student's integers, scales and biases."""
     integer = sum(kernel.integer for kernel in found.kernels.values())
     kernels = f"{integer} of {found.layers} layers are integer; {len(found.fell_back)} fell back"
-    chosen = f", {len(found.by_choice)} in float by choice" if found.by_choice else ""
+    chosen = "; float kernels by choice" if found.float_kernels else ""
     compared = f"{found.points} activations: {found.differing_codes:.2g} % of the codes differ, by {found.code_difference} steps at most"
     return [
-        ("file", f"{found.file}, {found.file_bytes / 1000:.1f} kB (bits, scales and biases: {found.packed_bytes / 1000:.1f} kB)"),
+        ("file", f"{found.file}, {found.file_bytes / 1000:.1f} kB (bits, scales and biases: {packed / 1000:.1f} kB)"),
         ("runtime", f"{found.runtime}, loaded in {found.load_seconds:.2f} s"),
         ("kernels", kernels + chosen),
         (

@@ -21,7 +21,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(("networks", "zoo"), {*BASE, "graph", "quant", *BESIDE, "networks", "zoo"}),
     "api": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "__init__"},  # the package itself, for its version
     "show": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "api", "__init__"},
-    "cli": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "api", "show", "__init__"},
+    "cli_export": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "api", "show", "__init__"},
+    "cli": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "api", "show", "cli_export", "__init__"},
     "__main__": {"cli"},
     "__init__": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "api"},
 }

@@ -55,23 +55,24 @@ class Style:
         packing: how codes are stored.
         integer_outputs: a layer whose output is not quantized becomes ``ConvInteger`` or ``MatMulInteger``: ONNX Runtime has no other
             integer kernel for it. Else it stands between dequantizers, which OpenVINO takes.
-        float_layers: layers whose weights are packed but whose kernels work in float.
+        float_kernels: weights are packed, but all kernels work in float and activations are not rounded.
     """
 
     packing: Packing = "ort"
     integer_outputs: bool = True
-    float_layers: frozenset[str] = frozenset()
+    float_kernels: bool = False
 
     def integer(self, layer: ir.Node) -> bool:
-        """Whether the layer is to run on an integer kernel, and there is one: ONNX Runtime has none for transposed convolutions."""
-        return layer.name not in self.float_layers and (layer.op_type != "ConvTranspose" or not self.integer_outputs)
+        """Whether there is an integer kernel for the layer: ONNX Runtime has none for transposed convolutions."""
+        return layer.op_type != "ConvTranspose" or not self.integer_outputs
 
 
 def lower(model: ir.Model, weights: Mapping[str, Integers], grids: Mapping[str, Grid], style: Style) -> None:
     """Turn the markers of ``model`` into operations, in place."""
     graph = model.graph
     weights = fold_norms(graph, _laid_out(graph, weights))
-    drop_points(graph, grids, style.float_layers)
+    if style.float_kernels:
+        drop_points(graph)
     share_points(graph, grids)
     lower_points(graph, grids)
     common.RemoveUnusedNodesPass()(model)  # clamps that nobody reads any more would read what layers put out
@@ -176,12 +177,10 @@ def _array(value: ir.Value | None) -> Array:
     return np.asarray(tensor.numpy())
 
 
-def drop_points(graph: ir.Graph, grids: Mapping[str, Grid], float_layers: frozenset[str]) -> None:
-    """Take off quantizers that nobody but layers with float kernels reads."""
+def drop_points(graph: ir.Graph) -> None:
+    """Take off all quantizers of activations: between them ONNX Runtime would round the float weights of a layer anew, its own way."""
     for node in _marked(graph, "Quantized"):
-        readers = node.outputs[0].consumers()
-        if readers and all(layer_of(reader) in float_layers for reader in readers):
-            _replace(graph, node, node.inputs[0])
+        _replace(graph, node, node.inputs[0])
 
 
 def share_points(graph: ir.Graph, grids: Mapping[str, Grid]) -> None:

@@ -17,14 +17,13 @@ from datafree.errors import ExportError
 from datafree.export.files import write_whole
 from datafree.export.integers import Integers, integers
 from datafree.export.lower import Grid, Style, grid, integer_layers, lower, lower_float
-from datafree.export.runtime import Loaded
 from datafree.export.trace import trace
 from datafree.plan import Plan
 from datafree.quant.freeze import freeze
 from datafree.quant.insert import plan_of, quantizers
 from datafree.task import Task
 
-_TWO_BITS = {ir.DataType.INT2, ir.DataType.UINT2}
+_TWO_BITS = frozenset((ir.DataType.INT2, ir.DataType.UINT2))
 _LIMIT = 2**31  # bytes: what one protobuf message holds
 
 
@@ -68,7 +67,7 @@ def onnx_bytes(prepared: Prepared, style: Style | None = None, made_by: Mapping[
     kinds = {value.dtype for value in model.graph.initializers.values()}
     if kinds & _TWO_BITS:
         model.graph.opset_imports[""], model.ir_version = 25, 13  # the first with 2-bit integers
-    header = {**header_of(prepared, made_by), "float_layers": sorted(style.float_layers)}
+    header = {**header_of(prepared, made_by), "float_kernels": style.float_kernels}
     model.producer_name, model.producer_version = "datafree", version("datafree")
     model.metadata_props["datafree"] = json.dumps(header)
     return _serialised(model)
@@ -77,12 +76,6 @@ def onnx_bytes(prepared: Prepared, style: Style | None = None, made_by: Mapping[
 def header_of(prepared: Prepared, made_by: Mapping[str, object] | None) -> dict[str, object]:
     """What the metadata of a file say, for JSON."""
     return {"version": version("datafree"), "plan": prepared.plan.to_json(), **(made_by or {})}
-
-
-def float_layers_of(loaded: Loaded) -> tuple[str, ...]:
-    """The layers that a file leaves on float kernels on purpose, by its metadata."""
-    found = loaded.header().get("float_layers", ())
-    return tuple(map(str, found)) if isinstance(found, list) else ()
 
 
 def float_onnx_bytes(prepared: Prepared) -> bytes:

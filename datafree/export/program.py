@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from datafree.errors import ExportError
 from datafree.export.files import write_whole
+from datafree.export.trace import exported
 from datafree.quant.freeze import materialise
 from datafree.task import Task
 
@@ -19,12 +19,7 @@ def export_program(student: nn.Module, task: Task, path: str | Path) -> Path:
 
     Raises ExportError where torch.export cannot follow the network, OutputError where the file cannot be written.
     """
-    plain = materialise(student).eval()
-    example = torch.zeros(2, *task.shape, device=next(student.parameters()).device)
-    try:
-        program = torch.export.export(plain, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    except Exception as error:  # torch.export raises errors of every kind, all of which mean the same here
-        raise ExportError(f"torch.export cannot follow the network: {str(error).strip().splitlines()[0]}; rewrite what it names") from error
+    program = exported(materialise(student).eval(), task)
     data = io.BytesIO()
     torch.export.save(program, data)
     return write_whole(path, data.getvalue())

@@ -7,7 +7,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, final
+from typing import TYPE_CHECKING, Protocol, final
 
 import numpy as np
 
@@ -17,9 +17,7 @@ from datafree.export.integers import Array
 if TYPE_CHECKING:
     import onnxruntime
 
-RuntimeName = Literal["onnxruntime", "openvino"]
-
-_INTEGER = {"QLinearConv", "ConvInteger", "QGemm", "MatMulInteger", "MatMulIntegerToFloat", "QLinearMatMul"}
+_INTEGER = ("QLinearConv", "ConvInteger", "QGemm", "MatMulInteger", "MatMulIntegerToFloat", "QLinearMatMul")
 _RENAMED = re.compile(r"(_token_\d+|_nchwc|_quant|/duplicated)+$")
 
 
@@ -54,12 +52,11 @@ class Loaded(Protocol):
         """The kernels of these layers; one that cannot be found in what the runtime made of the file is absent."""
 
 
-def open_file(path: str | Path, runtime: RuntimeName | None = None, threads: int = 0, outputs: Sequence[str] = ()) -> Loaded:
+def open_file(path: str | Path, threads: int = 0, outputs: Sequence[str] = ()) -> Loaded:
     """Load an exported file.
 
     Args:
-        path: an ONNX file, or the ``.xml`` of an OpenVINO IR.
-        runtime: OpenVINO for an IR, else ONNX Runtime unless told otherwise.
+        path: an ONNX file.
         threads: how many may work; 0 leaves it to the runtime.
         outputs: names of tensors to give beside the file's own outputs.
 
@@ -70,10 +67,6 @@ def open_file(path: str | Path, runtime: RuntimeName | None = None, threads: int
     file = Path(path)
     if not file.is_file():
         raise ExportError(f"there is no file {file}: check the path")
-    if runtime == "openvino" or runtime is None and file.suffix == ".xml":
-        from datafree.export.openvino import OpenVino
-
-        return OpenVino(file, threads, outputs)
     return OnnxRuntime(file, threads, outputs)
 
 

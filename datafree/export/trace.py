@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+import torch._dynamo.exc
 from torch import Tensor, nn
 
 from datafree.errors import ExportError, MissingExtraError
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 DOMAIN = "datafree"
 OPSET = 21  # the first with 4-bit integers
+_EXPORT_FAILURES = (
+    RuntimeError, ValueError, TypeError, AssertionError, AttributeError, LookupError, torch._dynamo.exc.TorchDynamoException,
+)  # fmt: skip
 
 
 class _Weight(nn.Module):
@@ -71,13 +75,8 @@ def trace(student: nn.Module, task: Task) -> "ir.Model":
     except ImportError as error:
         raise MissingExtraError("writing ONNX needs onnx and onnxscript: pip install 'datafree[onnx]'") from error
     marked = _Answer(_marked(student), task).eval()
-    device = next(student.parameters()).device
-    example = torch.zeros(2, *task.shape, device=device)
     with _quiet():
-        try:
-            program = torch.export.export(marked, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-        except Exception as error:  # torch.export raises errors of every kind, all of which mean the same here
-            raise ExportError(f"torch.export cannot follow the network: {_first_line(error)}; rewrite what it names") from error
+        program = exported(marked, task)
         try:
             made = torch.onnx.export(
                 program, dynamo=True, input_names=["input"], output_names=["output"], opset_version=OPSET, verbose=False
@@ -90,6 +89,15 @@ def trace(student: nn.Module, task: Task) -> "ir.Model":
     inputs.name, inputs.shape = "input", ir.Shape(["batch", *task.shape])
     outputs.name, outputs.shape = "output", ir.Shape(["batch", *outputs.shape[1:]])
     return model
+
+
+def exported(model: nn.Module, task: Task) -> torch.export.ExportedProgram:
+    """``model`` followed by torch.export, the batch dynamic. Raises ExportError where it cannot be followed."""
+    example = torch.zeros(2, *task.shape, device=next(model.parameters()).device)
+    try:
+        return torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    except _EXPORT_FAILURES as error:
+        raise ExportError(f"torch.export cannot follow the network: {_first_line(error)}; rewrite what it names") from error
 
 
 def _marked(student: nn.Module) -> nn.Module:

@@ -1,6 +1,7 @@
 """Packed weights in an ONNX file, and the operations that unpack them, which runtimes carry out once, when they load the file."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -12,15 +13,17 @@ from datafree.export.pack import pack
 
 Packing = Literal["ort", "openvino-onnx", "portable"]
 
-_SIGNED = {2: ir.DataType.INT2, 4: ir.DataType.INT4, 8: ir.DataType.INT8}
-_UNSIGNED = {2: ir.DataType.UINT2, 4: ir.DataType.UINT4}
+_SIGNED = MappingProxyType({2: ir.DataType.INT2, 4: ir.DataType.INT4, 8: ir.DataType.INT8})
+_UNSIGNED = MappingProxyType({2: ir.DataType.UINT2, 4: ir.DataType.UINT4})
 # Codes of so many bits as signed high bits and unsigned lower ones: 1 stands for a plane of single bits in uint8.
-PARTS: dict[Packing, dict[int, tuple[int, ...]]] = {
-    "ort": {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)},
-    # OpenVINO's reader refuses INT2, and unpacked planes of bits would leave it computing in float
-    "openvino-onnx": {2: (4,), 3: (4,), 4: (4,), 5: (8,), 6: (8,), 7: (8,), 8: (8,)},
-    "portable": {**{bits: (1,) * bits for bits in range(2, 8)}, 8: (8,)},
-}
+PARTS: Mapping[Packing, Mapping[int, tuple[int, ...]]] = MappingProxyType(
+    {
+        "ort": {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)},
+        # OpenVINO's reader refuses INT2, and unpacked planes of bits would leave it computing in float
+        "openvino-onnx": {2: (4,), 3: (4,), 4: (4,), 5: (8,), 6: (8,), 7: (8,), 8: (8,)},
+        "portable": {**{bits: (1,) * bits for bits in range(2, 8)}, 8: (8,)},
+    }
+)
 
 
 class Pen:

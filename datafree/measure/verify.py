@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from datafree.bits.cost import packed_bytes
 from datafree.export.integers import Array
 from datafree.export.lower import codes_name
-from datafree.export.onnx import Prepared, float_layers_of, float_onnx_bytes, prepare
-from datafree.export.runtime import Kernel, Loaded, RuntimeName, open_file
+from datafree.export.onnx import Prepared, float_onnx_bytes, prepare
+from datafree.export.runtime import Kernel, Loaded, open_file
 from datafree.measure.speed import Latency, interleaved
 from datafree.quant.grid import dequantize, quantize
 from datafree.quant.insert import quantizers
@@ -42,10 +41,9 @@ class Verification:
         local_difference: of the answers, given the file's own codes of all activations.
         layers: how many have quantized weights.
         kernels: of these layers, by name, where the runtime still knows them.
-        by_choice: layers that were left on float kernels on purpose.
+        float_kernels: the file was written for float kernels on purpose; then it rounds no activation.
         fell_back: layers that have integers to multiply, but got a float kernel or none that could be found.
-        file_bytes: size of the file, all its parts.
-        packed_bytes: of the student's integers, scales and biases.
+        file_bytes: size of the file.
         load_seconds: to load it.
         latency: of one input, in milliseconds.
         float_latency: of the float file in the same run, taking turns.
@@ -64,10 +62,9 @@ class Verification:
     local_difference: float
     layers: int
     kernels: dict[str, Kernel]
-    by_choice: tuple[str, ...]
+    float_kernels: bool
     fell_back: tuple[str, ...]
     file_bytes: int
-    packed_bytes: int
     load_seconds: float
     latency: Latency
     float_latency: Latency
@@ -119,7 +116,6 @@ def verify(
     task: Task,
     *,
     prepared: Prepared | None = None,
-    runtime: RuntimeName | None = None,
     threads: int = 0,
     inputs: int = 16,
     seed: int = 0,
@@ -127,11 +123,10 @@ def verify(
     """Run the file at ``path`` beside ``student``, which it was exported from.
 
     Args:
-        path: an ONNX file, or the ``.xml`` of an OpenVINO IR.
+        path: an ONNX file.
         student: in eval mode; it stays as it is.
         task: its inputs and answer.
         prepared: the student read for export, where that has been done.
-        runtime: ``openvino`` to run an ONNX file in it.
         threads: of the runtime; 0 leaves it to the runtime.
         inputs: how many inputs of noise to compare.
         seed: of the noise.
@@ -143,17 +138,17 @@ def verify(
     prepared = prepare(student, task) if prepared is None else prepared
     file = Path(path)
     x = task.noise(inputs, torch.Generator().manual_seed(seed))
-    probe = open_file(file, runtime, threads, [codes_name(point) for point in quantizers(student)])
+    probe = open_file(file, threads, [codes_name(point) for point in quantizers(student)])
     found = probe.run(x.numpy())
     with torch.no_grad():
         own = task.run(student, x.to(next(student.parameters()).device)).cpu()
     answer = torch.from_numpy(found["output"])
-    forced, codes = _forced(student, task, x, found)
-    loaded = open_file(file, runtime, threads)
-    latency, float_latency = _latencies(loaded, prepared, runtime, threads, x[:1].numpy())
+    float_kernels = probe.header().get("float_kernels") is True
+    forced, codes = _forced(student, task, x, found, float_kernels)
+    loaded = open_file(file, threads)
+    latency, float_latency = _latencies(loaded, prepared, threads, x[:1].numpy())
     kernels = loaded.kernels(tuple(prepared.weights))
-    left = float_layers_of(loaded)
-    fell_back = tuple(name for name in prepared.integer if name not in left and not (name in kernels and kernels[name].integer))
+    fell_back = tuple(name for name in prepared.integer if not float_kernels and not (name in kernels and kernels[name].integer))
     different = (own - answer).abs()
     return Verification(
         file=file.name,
@@ -169,17 +164,16 @@ def verify(
         local_difference=float((forced - answer).abs().max()),
         layers=len(prepared.weights),
         kernels=kernels,
-        by_choice=left,
+        float_kernels=float_kernels,
         fell_back=fell_back,
-        file_bytes=sum(part.stat().st_size for part in _parts(file)),
-        packed_bytes=packed_bytes(student),
+        file_bytes=file.stat().st_size,
         load_seconds=loaded.load_seconds,
         latency=latency,
         float_latency=float_latency,
     )
 
 
-def _forced(student: nn.Module, task: Task, x: Tensor, found: dict[str, Array]) -> tuple[Tensor, list[Tensor]]:
+def _forced(student: nn.Module, task: Task, x: Tensor, found: dict[str, Array], float_kernels: bool) -> tuple[Tensor, list[Tensor]]:
     """The student's answer where every activation takes the codes that the file gave it, and by how many steps its own would differ.
 
     So a code that was rounded the other way is counted once and does not drag along all that comes after it.
@@ -187,7 +181,7 @@ def _forced(student: nn.Module, task: Task, x: Tensor, found: dict[str, Array]) 
     steps: list[Tensor] = []
     hooks = []
     for point, quantizer in quantizers(student).items():
-        hooks.append(quantizer.register_forward_hook(_take_over(point, found, steps)))
+        hooks.append(quantizer.register_forward_hook(_take_over(point, found, steps, float_kernels)))
     try:
         with torch.no_grad():
             return task.run(student, x.to(next(student.parameters()).device)).cpu(), steps
@@ -196,7 +190,9 @@ def _forced(student: nn.Module, task: Task, x: Tensor, found: dict[str, Array]) 
             hook.remove()
 
 
-def _take_over(point: str, found: dict[str, Array], steps: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+def _take_over(
+    point: str, found: dict[str, Array], steps: list[Tensor], float_kernels: bool
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     calls = 0
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> Tensor:
@@ -204,8 +200,8 @@ def _take_over(point: str, found: dict[str, Array], steps: list[Tensor]) -> Call
         assert isinstance(module, Quantizer)
         calls += 1
         given = found.get(codes_name(point, calls))
-        if given is None:  # the file shares the codes of an equal quantizer, or leaves what follows in float
-            return result
+        if given is None:  # the file shares the codes of an equal quantizer, or rounds nothing
+            return args[0] if float_kernels else result
         shift = 128 if module.spec.levels[0] < 0 else 0
         codes = torch.from_numpy(given.astype(np.int16)).to(result.device) - shift
         own = quantize(args[0], module.scale, module.zero, module.spec)
@@ -215,16 +211,10 @@ def _take_over(point: str, found: dict[str, Array], steps: list[Tensor]) -> Call
     return hook
 
 
-def _latencies(loaded: Loaded, prepared: Prepared, runtime: RuntimeName | None, threads: int, x: Array) -> tuple[Latency, Latency]:
+def _latencies(loaded: Loaded, prepared: Prepared, threads: int, x: Array) -> tuple[Latency, Latency]:
     """Of the file and of the float file in the same runtime, taking turns."""
     with tempfile.TemporaryDirectory(prefix="datafree-") as folder:
         whole = Path(folder) / "float.onnx"
         whole.write_bytes(float_onnx_bytes(prepared))
-        beside: RuntimeName = "openvino" if loaded.runtime.startswith("openvino") else runtime or "onnxruntime"
-        quantized, full = interleaved([loaded, open_file(whole, beside, threads)], x)
+        quantized, full = interleaved([loaded, open_file(whole, threads)], x)
     return quantized, full
-
-
-def _parts(file: Path) -> list[Path]:
-    """The files that make up an export: an IR has its weights in a second one."""
-    return [each for each in (file, file.with_suffix(".bin")) if each == file or file.suffix == ".xml" and each.is_file()]

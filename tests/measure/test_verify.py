@@ -11,7 +11,7 @@ import datafree
 from datafree import Target, Task
 from datafree.export.lower import Style
 from datafree.export.onnx import Prepared, export_onnx, prepare
-from datafree.measure.fastest import fastest_layers
+from datafree.measure.fastest import fastest_style
 from datafree.measure.speed import Latency, timed
 from datafree.measure.verify import Verification, verify
 
@@ -75,19 +75,20 @@ def test_failures_name_layers_and_what_to_do(found: Verification) -> None:
     assert fast.failures == ()
 
 
-def test_layers_left_in_float_on_purpose_are_no_failure(quantized: nn.Module, prepared: Prepared, tmp_path: Path) -> None:
-    file = export_onnx(prepared, tmp_path / "net.onnx", Style(float_layers=frozenset(prepared.weights)))
+def test_float_kernels_on_purpose_are_no_failure(quantized: nn.Module, prepared: Prepared, tmp_path: Path) -> None:
+    file = export_onnx(prepared, tmp_path / "net.onnx", Style(float_kernels=True))
     found = verify(file, quantized, TASK, prepared=prepared, threads=1)
-    assert found.by_choice == tuple(sorted(prepared.weights)) and found.fell_back == ()
+    assert found.float_kernels and found.fell_back == () and found.differences == ()
     assert not any(kernel.integer for kernel in found.kernels.values())
 
 
-def test_fastest_takes_the_fastest_of_whole_files(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    def latencies(found: Prepared, style: Style, choices: list[frozenset[str]], *rest: object) -> list[Latency]:
-        return [Latency(len(choices) - place, 0, 0) for place in range(len(choices))]
+@pytest.mark.parametrize("slow", (True, False))
+def test_fastest_takes_the_faster_of_two_files(slow: bool, prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    def latencies(found: Prepared, styles: list[Style], *rest: object) -> list[Latency]:
+        return [Latency(2.0 if slow != style.float_kernels else 1.0, 0, 0) for style in styles]
 
     monkeypatch.setattr("datafree.measure.fastest._timed", latencies)
-    assert fastest_layers(prepared, TASK, Style()) == frozenset(prepared.weights)  # the last choice is that of all in float
+    assert fastest_style(prepared, TASK, Style()).float_kernels is slow
 
 
 def test_timed_takes_turns() -> None:
