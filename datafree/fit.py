@@ -1,0 +1,142 @@
+"""The only optimisation loop of the package: steps of an optimizer on a loss, resumed bit for bit after a kill.
+
+Where ``Ctx.folder`` is set, every :data:`CHECKPOINT_STEPS` steps and at the end a file there keeps all that the next step depends on:
+the parameters, the states of optimizer, schedule and random generator, and the losses so far. Its name holds a hash of the state in which
+the fit began, so that the fits of one run do not meet, and the same run, started again, finds each of them where it was.
+"""
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from datafree.context import Ctx
+from datafree.errors import MethodError, OutputError
+
+CHECKPOINT_STEPS = 50
+
+Stop = Callable[[Sequence[float]], bool]
+
+
+def fit(
+    params: Sequence[Tensor],
+    loss: Callable[[], Tensor],
+    steps: int,
+    optimizer: Optimizer,
+    ctx: Ctx,
+    name: str,
+    schedule: LRScheduler | None = None,
+    stop: Stop | None = None,
+) -> list[float]:
+    """Take ``steps`` steps of ``optimizer`` on ``params``; returns the loss before each of them.
+
+    On a GPU the loss is computed in mixed precision (bfloat16). Every event of progress tells the loss and the time left.
+
+    Args:
+        params: what the optimizer changes; they end as they stand after the last step.
+        loss: a scalar, computed anew for each step; random draws take ``ctx.generator``.
+        steps: how many at most.
+        optimizer: made for ``params``.
+        ctx: progress goes to it; its folder, if it has one, holds the checkpoints.
+        name: of the stage, in events and file names.
+        schedule: of the learning rate, told after each step; a plateau schedule is shown the loss.
+        stop: given the losses so far, whether they are good enough; see :func:`stalled`.
+
+    Raises:
+        MethodError: the loss is not finite.
+        OutputError: a checkpoint cannot be written.
+    """
+    place = None if ctx.folder is None else ctx.folder / _file_name(name, params, optimizer, ctx)
+    losses = [] if place is None else _resume(place, params, optimizer, schedule, ctx)
+    start, begun = time.monotonic(), len(losses)
+    while len(losses) < steps and not (stop is not None and stop(losses)):
+        optimizer.zero_grad()
+        with torch.enable_grad(), torch.autocast(ctx.device.type, torch.bfloat16, enabled=ctx.device.type == "cuda"):
+            value = loss()
+        value.backward()  # type: ignore[no-untyped-call]
+        losses.append(float(value.detach()))
+        if not abs(losses[-1]) < float("inf"):
+            raise MethodError(f"{name}: the loss is {losses[-1]} at step {len(losses)}: lower the learning rate")
+        optimizer.step()
+        if isinstance(schedule, ReduceLROnPlateau):
+            schedule.step(losses[-1])
+        elif schedule is not None:
+            schedule.step()
+        if place is not None and (len(losses) % CHECKPOINT_STEPS == 0 or len(losses) == steps):
+            _save(place, params, optimizer, schedule, ctx, losses)
+        pace = (time.monotonic() - start) / (len(losses) - begun)
+        ctx.progress(name, len(losses), steps, f"loss {losses[-1]:.3g}, {duration(pace * (steps - len(losses)))} left")
+    if place is not None and begun < len(losses) < steps:
+        _save(place, params, optimizer, schedule, ctx, losses)
+    return losses
+
+
+def stalled(window: int = 50, gain: float = 0.01) -> Stop:
+    """Stop once the mean of the last ``window`` losses is not less than that of the window before it by the share ``gain``."""
+
+    def stop(losses: Sequence[float]) -> bool:
+        if len(losses) < 2 * window:
+            return False
+        before, last = sum(losses[-2 * window : -window]), sum(losses[-window:])
+        return last > before - gain * abs(before)
+
+    return stop
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: ``40 s``, ``3 min``, ``1 h 20 min``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _file_name(name: str, params: Sequence[Tensor], optimizer: Optimizer, ctx: Ctx) -> str:
+    """``name``, and a hash of where the fit begins."""
+    digest = hashlib.sha256(repr(sorted(optimizer.defaults.items())).encode())
+    for each in (*params, ctx.generator.get_state()):
+        digest.update(repr(tuple(each.shape)).encode() + each.detach().cpu().contiguous().view(-1).numpy().tobytes())
+    return f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{digest.hexdigest()[:16]}.pt"
+
+
+@torch.no_grad()
+def _resume(place: Path, params: Sequence[Tensor], optimizer: Optimizer, schedule: LRScheduler | None, ctx: Ctx) -> list[float]:
+    """Put everything back as the checkpoint has it; returns the losses up to it, none where there is no checkpoint."""
+    if not place.is_file():
+        return []
+    state = torch.load(place, map_location=ctx.device, weights_only=True)
+    for param, saved in zip(params, state["params"], strict=True):
+        param.copy_(saved)
+    optimizer.load_state_dict(state["optimizer"])
+    if schedule is not None:
+        schedule.load_state_dict(state["schedule"])
+    ctx.generator.set_state(state["generator"].cpu())
+    losses: list[float] = state["losses"]
+    return losses
+
+
+def _save(place: Path, params: Sequence[Tensor], optimizer: Optimizer, schedule: LRScheduler | None, ctx: Ctx, losses: list[float]) -> None:
+    """Write the checkpoint beside its place, then move it there: a kill leaves the old one or the new one, never a part."""
+    state = {
+        "params": [each.detach() for each in params],
+        "optimizer": optimizer.state_dict(),
+        "schedule": None if schedule is None else schedule.state_dict(),
+        "generator": ctx.generator.get_state(),
+        "losses": losses,
+    }
+    beside = place.with_suffix(f".{os.getpid()}.part")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, beside)
+        beside.replace(place)
+    except OSError as error:
+        raise OutputError(f"cannot write the checkpoint {place}: {error.strerror or error}") from error
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,218 @@
+"""Optimised pixels: inputs that a network's batch norms find as they found the data it was trained on (ZeroQ, arXiv 2001.00281).
+
+A batch of pixels starts as noise, or as procedural pictures, and follows the gradient of the terms in :mod:`datafree.synth.terms`. The
+network itself is never changed.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from datafree.context import Ctx
+from datafree.errors import NetworkError
+from datafree.fit import Stop, fit
+from datafree.graph.swap import frozen_copy
+from datafree.synth.prior import Family, pictures
+from datafree.synth.source import NONE, Batch, Prior, Source, Terms
+from datafree.synth.terms import (
+    Gap,
+    Moments,
+    Share,
+    Spread,
+    by_depth,
+    by_turns,
+    class_entropy,
+    entropy,
+    gaps,
+    image_prior,
+    margins_of,
+    moments,
+    norm_moments,
+    statistics,
+    stored_moments,
+)
+from datafree.task import Task
+
+Pictures = Literal[Family, "distilled"]
+Start = Literal["faint", "gaussian", Family]
+
+_INPUT = "the input of the network"  # counts as a layer
+_FAINT = 127.5 / 5418.75  # half the width of ZeroQ's uniform noise
+_GAUSSIAN_INPUTS = 256  # that tell how far statistics stray by themselves
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How pixels are optimised; the defaults are those of ZeroQ's published code.
+
+    Args:
+        steps: of Adam.
+        rate: its learning rate, which falls tenfold where the loss stays for ``patience`` steps, to ``lowest_rate`` at last.
+        patience: see ``rate``.
+        lowest_rate: see ``rate``.
+        batch: pictures optimised together.
+        start: uniform noise of +-0.024 (``faint``), standard normal noise, or procedural pictures.
+        per_image: match the statistics of each picture; else those of the batch.
+        spread: match deviations or variances, beside means.
+        share: every channel of the network counts alike, or every layer.
+        slack: percentile of the gaps on Gaussian inputs, up to which a gap costs nothing (DSG); None: every gap costs.
+        layers: ``flat``: all count alike; ``depth``: the first half less (TexQ); ``turns``: each picture counts one of them twice, in
+            turns (DSG).
+        classes: weight of the cross-entropy to classes drawn evenly; 0: pictures of no class.
+        entropy: weight of the entropy of the answers: decided ones of whatever class.
+        prior: weight of ``terms.image_prior``.
+        flip: mirror each picture or not, by chance, before the network sees it.
+        roll: shift the batch by up to so many pixels, what leaves on one side entering on the other.
+        crop: let the network see a random part of the batch, its sides of this share at least, at the full size; 1: all of it.
+        stop: when it is good enough (``fit.stalled``); None: all steps are taken.
+    """
+
+    steps: int = 500
+    rate: float = 0.5
+    patience: int = 100
+    lowest_rate: float = 1e-4
+    batch: int = 64
+    start: Start = "faint"
+    per_image: bool = True
+    spread: Spread = "deviation"
+    share: Share = "channel"
+    slack: float | None = None
+    layers: Literal["flat", "depth", "turns"] = "flat"
+    classes: float = 0.0
+    entropy: float = 0.0
+    prior: float = 0.0
+    flip: bool = False
+    roll: int = 0
+    crop: float = 1.0
+    stop: Stop | None = None
+
+
+def source_of(family: Pictures, teacher: nn.Module, task: Task, ctx: Ctx, recipe: Recipe | None = None) -> Source:
+    """The source of the pictures called ``family``: procedural ones, or ``distilled``, optimised for ``teacher`` as ``recipe`` says.
+
+    A network without batch norms has no statistics to optimise for: it gets procedural pictures, and a note says so.
+    """
+    if family != "distilled":
+        return Prior(family, task, ctx.generator)
+    if stored_moments(teacher):
+        return Pixels(teacher, task, ctx, recipe)
+    ctx.note("the network has no batch norms with statistics that pictures could be optimised for: procedural pictures take their place")
+    return Prior("mix", task, ctx.generator)
+
+
+@final
+class Pixels:
+    """A source whose every sample is optimised anew, batch after batch; ``losses`` holds the losses of each batch so far."""
+
+    def __init__(self, teacher: nn.Module, task: Task, ctx: Ctx, recipe: Recipe | None = None) -> None:
+        """Raises NetworkError where ``teacher`` has no batch norm with statistics."""
+        self.teacher, self.task, self.ctx = frozen_copy(teacher), task, ctx
+        self.recipe = recipe or Recipe()
+        self.losses: list[list[float]] = []
+        self._stored = stored_moments(self.teacher)
+        if not self._stored:
+            raise NetworkError("the network has no batch norm with statistics that pixels could be optimised for: take a Prior instead")
+        mean = torch.zeros(task.shape[0], device=ctx.device)
+        self._stored[_INPUT] = mean, torch.ones_like(mean)
+
+    def sample(self, n: int) -> Batch:
+        """``n`` new inputs, with their classes where the recipe asks for any."""
+        if n < 1:
+            raise NetworkError(f"{n} pictures were asked for: at least 1 is needed")
+        generator, size = self.ctx.generator, self.recipe.batch
+        labels = None
+        if self.recipe.classes:
+            labels = torch.randperm(n, generator=generator, device=generator.device) % self._classes()
+        margins = self._margins()
+        parts = [range(first, min(first + size, n)) for first in range(0, n, size)]
+        found = []
+        for number, part in enumerate(parts, 1):
+            name = f"pictures, batch {number} of {len(parts)}"
+            found.append(self._optimise(len(part), None if labels is None else labels[part.start : part.stop], margins, name))
+        return Batch(torch.cat(found), labels)
+
+    def update(self, student: nn.Module) -> Terms:
+        """Nothing: each sample is optimised to the end."""
+        return NONE
+
+    def _optimise(self, n: int, labels: Tensor | None, margins: list[tuple[float, float]] | None, name: str) -> Tensor:
+        recipe = self.recipe
+        pixels = self._start(n).requires_grad_()
+        optimizer = torch.optim.Adam([pixels], lr=recipe.rate)
+        falling = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=recipe.patience, min_lr=recipe.lowest_rate)
+        with norm_moments(self.teacher) as seen:
+            loss = partial(self._loss, pixels, labels, margins, seen)
+            self.losses.append(fit([pixels], loss, recipe.steps, optimizer, self.ctx, name, falling, recipe.stop))
+        return pixels.detach()
+
+    def _loss(
+        self, pixels: Tensor, labels: Tensor | None, margins: list[tuple[float, float]] | None, seen: dict[str, list[Moments]]
+    ) -> Tensor:
+        recipe = self.recipe
+        x = augmented(pixels, recipe, self.ctx.generator)
+        answer, found = self._look(x, seen)
+        n, depth = len(x), len(found)
+        weight = {"flat": None, "depth": by_depth(depth), "turns": by_turns(n, depth)}[recipe.layers]
+        loss = statistics(found, recipe.share, margins, None if weight is None else weight.to(x.device))
+        if labels is not None:
+            loss = loss + recipe.classes * class_entropy(answer, labels)
+        if recipe.entropy:
+            loss = loss + recipe.entropy * entropy(answer)
+        if recipe.prior:
+            loss = loss + recipe.prior * image_prior(pixels)
+        return loss
+
+    def _look(self, x: Tensor, seen: dict[str, list[Moments]]) -> tuple[Tensor, list[Gap]]:
+        """The network's answer, and the gap of every layer, the input first."""
+        seen.clear()
+        seen[_INPUT] = [moments(x)]
+        answer = self.task.run(self.teacher, x)
+        return answer, gaps(seen, self._stored, self.recipe.per_image, self.recipe.spread)
+
+    def _start(self, n: int) -> Tensor:
+        generator, shape = self.ctx.generator, (n, *self.task.shape)
+        if self.recipe.start == "faint":
+            return _FAINT * (2 * torch.rand(shape, generator=generator, device=generator.device) - 1)
+        if self.recipe.start == "gaussian":
+            return self.task.noise(n, generator)
+        return pictures(self.recipe.start, n, self.task, generator)
+
+    @torch.no_grad()
+    def _margins(self) -> list[tuple[float, float]] | None:
+        if self.recipe.slack is None:
+            return None
+        with norm_moments(self.teacher) as seen:
+            return margins_of(self._look(self.task.noise(_GAUSSIAN_INPUTS, self.ctx.generator), seen)[1], self.recipe.slack)
+
+    @torch.no_grad()
+    def _classes(self) -> int:
+        answer = self.task.run(self.teacher, torch.zeros(2, *self.task.shape, device=self.ctx.device))
+        if answer.dim() != 2 or answer.shape[1] < 2:
+            raise NetworkError(
+                f"the network answers {tuple(answer.shape)}, but pictures of classes need (n, classes): leave the classes out"
+            )
+        return answer.shape[1]
+
+
+def augmented(pixels: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
+    """What the network is shown of ``pixels``, (n, channels, *sizes): mirrored, shifted, cropped, at the same size."""
+    x, device, axes = pixels.clone(), generator.device, tuple(range(2, pixels.dim()))
+    if recipe.flip and axes:
+        turned = torch.rand(len(x), generator=generator, device=device) < 0.5
+        x = torch.where(turned.view(-1, *(1 for _ in x.shape[1:])), x.flip(-1), x)
+    if recipe.roll and axes:
+        shifts = torch.randint(-recipe.roll, recipe.roll + 1, (len(axes),), generator=generator, device=device)
+        x = x.roll(tuple(shifts.tolist()), axes)
+    if recipe.crop < 1 and axes:
+        share = recipe.crop + (1 - recipe.crop) * float(torch.rand((), generator=generator, device=device))
+        places = torch.rand(len(axes), generator=generator, device=device).tolist()
+        full = x.shape[2:]
+        for axis, place in zip(axes, places, strict=True):
+            size = max(1, round(share * x.shape[axis]))
+            x = x.narrow(axis, int(place * (x.shape[axis] - size + 1)), size)
+        x = F.interpolate(x, full, mode={1: "linear", 2: "bilinear", 3: "trilinear"}[len(full)])
+    return x

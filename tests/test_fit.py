@@ -1,0 +1,152 @@
+"""The loop descends, stops, tells how far it is, and after a kill at any step goes on to the same bits."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from datafree import fit as module_under_test
+from datafree.context import Ctx, Event
+from datafree.errors import MethodError, OutputError
+from datafree.fit import duration, fit, stalled
+
+STEPS, EVERY = 12, 5
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+def context(folder: Path | None = None, seed: int = 0) -> Ctx:
+    return dataclasses.replace(Ctx.create(seed), folder=folder)
+
+
+def run(
+    ctx: Ctx, kill_at: int | None = None, kind: str = "plateau", steps: int = STEPS, name: str = "pictures 1 of 2"
+) -> tuple[Tensor, list[float]]:
+    """Noisy descent on a square: what it reaches depends on every draw and on the optimizer's memory."""
+    x = torch.randn(4, generator=ctx.generator).requires_grad_()
+    optimizer = torch.optim.Adam([x], lr=0.1)
+    falling = {
+        "plateau": lambda: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=2),
+        "cosine": lambda: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS),
+        "none": lambda: None,
+    }[kind]()
+    calls = 0
+
+    def loss() -> Tensor:
+        nonlocal calls
+        if calls == kill_at:
+            raise Killed
+        calls += 1
+        return (x + 0.3 * torch.randn(4, generator=ctx.generator)).square().sum()
+
+    losses = fit([x], loss, steps, optimizer, ctx, name, falling)
+    return torch.cat([x.detach(), torch.randn(1, generator=ctx.generator)]), losses
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_under_test, "CHECKPOINT_STEPS", EVERY)
+
+
+@pytest.mark.parametrize("kind", ("plateau", "cosine", "none"))
+@pytest.mark.parametrize("kill_at", (0, 3, 5, 7, 11))
+def test_killed_at_any_step_it_resumes_to_the_same_bits(kill_at: int, kind: str, tmp_path: Path) -> None:
+    expected, losses = run(context(), kind=kind)
+    with pytest.raises(Killed):
+        run(context(tmp_path), kill_at, kind)
+    again, all_losses = run(context(tmp_path), kind=kind)
+    assert torch.equal(again, expected) and all_losses == losses and len(losses) == STEPS
+
+
+def test_only_the_steps_after_the_checkpoint_are_taken_again(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        run(context(tmp_path), 7)
+    with pytest.raises(Killed):  # five are there
+        run(context(tmp_path), STEPS - EVERY - 1)
+    run(context(tmp_path), STEPS - 2 * EVERY)  # and now ten
+
+
+def test_a_finished_fit_is_not_done_again(tmp_path: Path) -> None:
+    expected, losses = run(context(tmp_path))
+    again, all_losses = run(context(tmp_path), kill_at=0)
+    assert torch.equal(again, expected) and all_losses == losses
+
+
+def test_fits_of_one_run_do_not_meet(tmp_path: Path) -> None:
+    def both(ctx: Ctx, kill_at: int | None = None) -> list[Tensor]:
+        return [run(ctx)[0], run(ctx, kill_at)[0]]
+
+    expected = both(context())
+    with pytest.raises(Killed):
+        both(context(tmp_path), 8)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert all(torch.equal(one, other) for one, other in zip(both(context(tmp_path)), expected, strict=True))
+    assert torch.equal(run(context(tmp_path, seed=1))[0], run(context(seed=1))[0]), "another seed took the checkpoint"
+
+
+def test_a_checkpoint_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Killed):
+        run(context(tmp_path), 7)
+    (before,) = tmp_path.iterdir()
+    content, save = before.read_bytes(), torch.save
+
+    def half(state: object, place: Path) -> None:
+        save(state, place)
+        os.truncate(place, 100)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OutputError, match="cannot write the checkpoint .*pictures-1-of-2.*No space left"):
+        run(context(tmp_path))
+    assert [each.read_bytes() for each in tmp_path.iterdir()] == [content]
+
+
+def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "save", lambda *args: pytest.fail("a file was written"))
+    run(context())
+
+
+def test_progress_tells_the_loss_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 1000, 30))
+    monkeypatch.setattr(module_under_test.time, "monotonic", lambda: next(clock))
+    events: list[Event] = []
+    _, losses = run(Ctx.create(0, on_event=events.append), steps=10)
+    assert [(each.step, each.total) for each in events] == [(step, 10) for step in range(1, 11)]
+    assert events[3].message == f"loss {losses[3]:.3g}, 3 min left" and events[9].message.endswith(", 0 s left")
+
+
+def test_stops_by_its_own_criterion(tmp_path: Path) -> None:
+    def descend(ctx: Ctx) -> list[float]:
+        x = torch.ones(1, requires_grad=True)
+        return fit([x], lambda: x.square().sum() + 1, 500, torch.optim.SGD([x], lr=0.1), ctx, "descend", stop=stalled(10, 0.01))
+
+    losses = descend(context(tmp_path))
+    assert 20 <= len(losses) < 60 and losses[-1] < 1.01
+    assert descend(context(tmp_path)) == losses, "it went on where it had stopped"
+
+
+def test_stalled_compares_two_windows() -> None:
+    stop = stalled(3, 0.1)
+    assert not stop([5, 5, 5, 5, 5]) and stop([5, 5, 5, 5, 5, 5]) and stop([9, 9, 9, 5, 5, 5, 4.6, 4.6, 4.6])
+    assert not stop([5, 5, 5, 4.4, 4.4, 4.4]) and stop([-5, -5, -5, -5.1, -5.1, -5.1]) and not stop([-5, -5, -5, -6, -6, -6])
+
+
+def test_a_loss_that_is_no_number_is_refused() -> None:
+    x = torch.ones(1, requires_grad=True)
+    with pytest.raises(MethodError, match="descend: the loss is inf at step 1: lower the learning rate"):
+        fit([x], lambda: x.sum() / 0, 3, torch.optim.SGD([x], lr=0.1), context(), "descend")
+
+
+def test_gradients_flow_where_they_were_switched_off() -> None:
+    with torch.no_grad():
+        assert run(context())[1] == run(context())[1]
+
+
+@pytest.mark.parametrize(("seconds", "told"), ((0.4, "0 s"), (99, "99 s"), (100, "2 min"), (3000, "50 min"), (4800, "1 h 20 min")))
+def test_durations_read_well(seconds: float, told: str) -> None:
+    assert duration(seconds) == told
