@@ -87,8 +87,20 @@ def mixed_widths(
 
     distortion: of each layer at each width that :func:`allowed` gives. Raises TargetError where the budget cannot be met.
     """
+    return choose(distortion, costs(flow, teacher, target, weight_spec), budget(target))
+
+
+def budget(target: Target) -> int:
+    """The bytes that ``target`` allows. Raises TargetError where it does not say."""
     if target.max_bytes is None:
         raise TargetError("a search for widths needs a budget: set max_bytes")
+    return target.max_bytes
+
+
+def costs(
+    flow: Flow, teacher: nn.Module, target: Target, weight_spec: Callable[[Layer, int], QSpec] = per_output
+) -> dict[str, dict[int, int]]:
+    """Bytes of each layer at each width that :func:`allowed` gives; one of each layer sum up to those of the whole network."""
     choices = allowed(flow, target)
     start = {name: widths[0] for name, widths in choices.items()}
     alone = {
@@ -99,5 +111,4 @@ def mixed_widths(
     fixed = plan_bytes(teacher, plan) - sum(alone[name][bits] for name, bits in start.items())
     # the fixed part is counted once, with the first layer, so that messages speak of the whole network
     first = next(iter(alone), None)
-    cost = {name: {bits: size + (fixed if name == first else 0) for bits, size in sizes.items()} for name, sizes in alone.items()}
-    return choose(distortion, cost, target.max_bytes)
+    return {name: {bits: size + (fixed if name == first else 0) for bits, size in sizes.items()} for name, sizes in alone.items()}

@@ -132,6 +132,11 @@ def divergence(teacher: nn.Module, student: nn.Module, task: Task, inputs: Tenso
     """How far the student's answers are from the teacher's: mean KL in nats for logits (n, classes), else relative squared error."""
     with torch.no_grad():
         t, s = (torch.cat([task.run(model, part) for part in torch.split(inputs, 64)]) for model in (teacher, student))
+    return distance(t, s)
+
+
+def distance(t: Tensor, s: Tensor) -> float:
+    """The divergence of the answers ``s`` from ``t``, see :func:`divergence`."""
     if t.dim() == 2 and t.shape[1] > 1:
         return float(F.kl_div(s.log_softmax(1), t.log_softmax(1), reduction="batchmean", log_target=True))
     return float((t - s).square().sum() / t.square().sum())

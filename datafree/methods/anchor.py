@@ -32,7 +32,8 @@ from datafree.quant.grid import broadcast, dequantize, quantize
 from datafree.quant.insert import assign, effective_weight, insert, latent_weight, quantizers
 from datafree.quant.observe import observe
 from datafree.quant.ranges import mse
-from datafree.synth.prior import Family, pictures
+from datafree.synth.noise import Pictures, source_of
+from datafree.synth.prior import pictures
 from datafree.task import Task
 
 REFINED_BITS = 4  # up to so many bits codes and scales are chosen together: above, it gains next to nothing
@@ -47,7 +48,7 @@ class Anchor(Method):
     Without any picture: ``statistics="moments"``, ``own_inputs=False``, ``act_range="moments"`` and ``recalibration="none"``.
     """
 
-    family: Family = option("mix", "the procedural pictures: dead leaves, pink noise, white noise, or leaves and pink")
+    family: Pictures = option("mix", "the pictures: dead leaves, pink or white noise, leaves and pink, or optimised as ZeroQ's (distilled)")
     statistics: Literal["pictures", "moments"] = option(
         "pictures", "what tells of layers' inputs before any layer is rounded: pictures, or batch norms"
     )
@@ -71,7 +72,7 @@ class Anchor(Method):
         """Make the student: measure, plan, round, range, recalibrate."""
         flow = read(teacher, task, ctx)
         drawn = "pictures" in (self.statistics, self.act_range) or self.own_inputs or self.recalibration != "none"
-        inputs = pictures(self.family, _count(task), task, ctx.generator) if drawn else None
+        inputs = source_of(self.family, teacher, task, ctx).sample(_count(task)).inputs if drawn else None
         statistics = self._statistics(teacher, flow, target, inputs, ctx)
         plan = make_plan(flow, teacher, target, _spec, ctx, self._widths(flow, teacher, target, statistics))
         student = insert(teacher, plan)

@@ -1,6 +1,6 @@
 """Ranges of activations from what passes through the student."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -42,11 +42,40 @@ def observe(student: nn.Module, batches: Iterable[Tensor], rule: Rule, run: Call
         return
     seen = {point: _Seen(quantizer.spec, keep=rule == "mse") for point, quantizer in points.items()}
     watch(student, batches, {point: each.watch for point, each in seen.items()}, run)
-    blind = [point for point in points if seen[point].low is None]
-    if blind:
-        raise NetworkError(f"no value passed {', '.join(blind)}: give at least one batch, and leave out points the forward pass skips")
+    _check_seen([point for point in points if seen[point].low is None])
     for point, quantizer in points.items():
         quantizer.set(*seen[point].range(rule))
+
+
+@torch.no_grad()
+def observe_percentile(
+    student: nn.Module, batches: Iterable[Tensor], percentile: float, run: Callable[[nn.Module, Tensor], object]
+) -> None:
+    """As :func:`observe`, with ranges that hold so many percent of the values at either end: the mean of each end over the batches."""
+    points = quantizers(student)
+    ends: dict[str, list[Tensor]] = {point: [] for point in points}
+
+    def looking(point: str) -> Hook:
+        def look(module: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> Tensor:
+            rows = channel_rows(args[0], points[point].spec.axis)
+            beyond = round(rows.shape[1] * (1 - percentile / 100))
+            low, high = (rows.kthvalue(place, dim=1).values for place in (1 + beyond, rows.shape[1] - beyond))
+            ends[point].append(torch.stack([low, high]))
+            return args[0]
+
+        return look
+
+    watch(student, batches, {point: looking(point) for point in points}, run)
+    _check_seen([point for point, seen in ends.items() if not seen])
+    for point, quantizer in points.items():
+        low, high = torch.stack(ends[point]).mean(0)
+        scale, zero = from_range(low, high, quantizer.spec)
+        quantizer.set(*((scale[0], zero[0]) if quantizer.spec.axis is None else (scale, zero)))
+
+
+def _check_seen(blind: Sequence[str]) -> None:
+    if blind:
+        raise NetworkError(f"no value passed {', '.join(blind)}: give at least one batch, and leave out points the forward pass skips")
 
 
 @torch.no_grad()

@@ -5,13 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datafree.bits.sensitivity import distortions, moments_energy, per_output
+from datafree.bits.sensitivity import answer_divergence, distortions, moments_energy, per_output
 from datafree.closed.moments import Moments, tap_correlation
 from datafree.closed.propagate import layer_inputs
 from datafree.graph.flow import Flow, Layer, flow
 from datafree.graph.fold import by_outputs
-from datafree.plan import QSpec
+from datafree.plan import LayerPlan, Plan, QSpec
 from datafree.quant.grid import fake_quantize
+from datafree.quant.insert import insert, weight_quantizer
 from datafree.quant.ranges import minmax, mse
 from networks import NAMES, build
 
@@ -126,3 +127,24 @@ def test_a_dead_layer_loses_nothing() -> None:
     with torch.no_grad():
         model[2].weight.zero_()
     assert distortions(found, model, dict.fromkeys(found.layers, (2,)), moments_energy(found, layer_inputs(found, model)))["2"] == {2: 0.0}
+
+
+@pytest.mark.parametrize("name", ["resnet_basic", "twice", "without_norm"])
+def test_divergence_of_answers_is_that_of_a_network_with_only_these_layers_quantized(name: str) -> None:
+    model, task = build(name)
+    _, found = read(name)
+    inputs = torch.randn(70, *task.shape, generator=torch.Generator().manual_seed(3))
+    lost = answer_divergence(found, model, task, inputs)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        t = model(inputs).double().log_softmax(1)
+    for widths in ({each: 3} for each in found.layers):
+        student = insert(model, Plan({each: LayerPlan(per_output(found.layers[each], bits)) for each, bits in widths.items()}))
+        for each in widths:
+            weight = model.get_submodule(each).weight.detach()
+            weight_quantizer(student.get_submodule(each)).set(*mse(weight, per_output(found.layers[each], 3)))
+        with torch.no_grad():
+            s = student(inputs).double().log_softmax(1)
+        assert lost(widths) == pytest.approx(float((t.exp() * (t - s)).sum(1).mean()), rel=1e-3, abs=1e-7)
+    assert lost({}) == 0 and lost(dict.fromkeys(found.layers, 3)) > 0
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -49,7 +49,8 @@ def test_every_step_is_a_switch_of_its_own(fields: dict[str, object]) -> None:
 
 
 def test_without_pictures_none_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module_under_test, "pictures", lambda *args: pytest.fail("a picture was drawn"))
+    for name in ("pictures", "source_of"):
+        monkeypatch.setattr(module_under_test, name, lambda *args: pytest.fail("a picture was drawn"))
     assert accuracy(Target(4, 8), **MOMENTS) > 90
 
 
