@@ -47,7 +47,7 @@ def weight_widths(flow: Flow, target: Target) -> dict[str, int]:
     _check_kept(flow, target)
     if len(target.widths) > 2:
         raise TargetError(
-            f"this method does not choose among the widths {target.weight_bits}: give one or two, or take method 'anchor' or 'dfq'"
+            f"this method does not choose among the widths {target.weight_bits}: give one or two, or take method 'anchor', 'dfq' or 'zeroq'"
         )
     low, high = target.widths[0], target.widths[-1]
     given = roles(flow)

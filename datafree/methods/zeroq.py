@@ -47,6 +47,7 @@ class ZeroQ(Method):
     batch: int = option(64, "pictures optimised together", at_least=1)
     start: Start = option("faint", "where pictures start: uniform noise of +-0.024, normal noise, or procedural pictures")
     rate: float | None = option(None, "learning rate of Adam; None: 0.5, for DSG 0.9")
+    falling: Literal["plateau", "cosine"] = option("plateau", "the rate falls tenfold where the loss stays, or along half a cosine")
     augment: bool = option(False, "mirror and shift the pictures while they are optimised")
     stop_early: bool = option(False, "stop a batch once 50 steps gain less than a hundredth of its loss")
     act_range: Literal["minmax", "percentile"] = option("minmax", "range of the activations on the pictures")
@@ -73,6 +74,7 @@ class ZeroQ(Method):
             batch=self.batch,
             start=self.start,
             rate=self.rate or (0.9 if dsg else 0.5),
+            falling=self.falling,
             patience=260 if dsg else 100,
             slack=90.0 if dsg else None,
             layers="turns" if dsg else "flat",

@@ -11,6 +11,7 @@ from typing import Literal, final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 
 from datafree.context import Ctx
 from datafree.errors import NetworkError
@@ -51,9 +52,11 @@ class Recipe:
 
     Args:
         steps: of Adam.
-        rate: its learning rate, which falls tenfold where the loss stays for ``patience`` steps, to ``lowest_rate`` at last.
-        patience: see ``rate``.
-        lowest_rate: see ``rate``.
+        rate: its learning rate.
+        falling: how the rate falls, to ``lowest_rate`` at last: tenfold where the loss stays for ``patience`` steps (``plateau``), or along
+            half a cosine over all steps.
+        patience: see ``falling``.
+        lowest_rate: see ``falling``.
         batch: pictures optimised together.
         start: uniform noise of +-0.024 (``faint``), standard normal noise, or procedural pictures.
         per_image: match the statistics of each picture; else those of the batch.
@@ -73,6 +76,7 @@ class Recipe:
 
     steps: int = 500
     rate: float = 0.5
+    falling: Literal["plateau", "cosine"] = "plateau"
     patience: int = 100
     lowest_rate: float = 1e-4
     batch: int = 64
@@ -143,7 +147,11 @@ class Pixels:
         recipe = self.recipe
         pixels = self._start(n).requires_grad_()
         optimizer = torch.optim.Adam([pixels], lr=recipe.rate)
-        falling = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=recipe.patience, min_lr=recipe.lowest_rate)
+        falling = (
+            CosineAnnealingLR(optimizer, recipe.steps, recipe.lowest_rate)
+            if recipe.falling == "cosine"
+            else ReduceLROnPlateau(optimizer, patience=recipe.patience, min_lr=recipe.lowest_rate)
+        )
         with norm_moments(self.teacher) as seen:
             loss = partial(self._loss, pixels, labels, margins, seen)
             self.losses.append(fit([pixels], loss, recipe.steps, optimizer, self.ctx, name, falling, recipe.stop))

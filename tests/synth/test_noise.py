@@ -75,7 +75,7 @@ def test_pictures_of_classes_need_a_classifier() -> None:
     (
         {"start": "gaussian"}, {"start": "mix"}, {"per_image": False}, {"spread": "variance"}, {"share": "layer"}, {"slack": 50.0},
         {"layers": "turns"}, {"layers": "depth"}, {"classes": 1.0}, {"entropy": 1.0}, {"prior": 0.1}, {"flip": True}, {"roll": 2},
-        {"crop": 0.6}, {"rate": 0.1},
+        {"crop": 0.6}, {"rate": 0.1}, {"falling": "cosine"},
     ),
     ids=str,
 )  # fmt: skip
