@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from cyclopts import Parameter
@@ -15,10 +15,12 @@ from datafree import show
 from datafree.api import RUN_FILE, Form, export, load, made_by, verify
 from datafree.bits.cost import packed_bytes
 from datafree.errors import ExportError, VerifyError, WeightsError
-from datafree.measure.verify import Verification
 from datafree.method import option
 from datafree.networks import load_network
 from datafree.task import Task
+
+if TYPE_CHECKING:
+    from datafree.measure.verify import Verification
 
 Run = Annotated[Path, Parameter(help="a folder that 'quantize' wrote")]
 Json = Annotated[bool, Parameter(help="print JSON instead of a table", negative=())]
@@ -147,7 +149,7 @@ def open_run(folder: Path, net: str | None) -> tuple[nn.Module, Task, dict[str, 
     return load(folder, load_network(source, pretrained=False).model), task, record
 
 
-def verification_rows(found: Verification, packed: int) -> list[tuple[str, str]]:
+def verification_rows(found: "Verification", packed: int) -> list[tuple[str, str]]:
     """What came of running a file, as rows; ``packed``: bytes of the student's integers, scales and biases."""
     integer = sum(kernel.integer for kernel in found.kernels.values())
     kernels = f"{integer} of {found.layers} layers are integer; {len(found.fell_back)} fell back"
