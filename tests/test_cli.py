@@ -139,8 +139,13 @@ def test_every_field_can_be_given(capsys: Output, own: str, method: str) -> None
             expected[each.name] = not each.default
             flags.append(flag if not each.default else flag.replace("--", "--no-", 1))
             continue
-        value = next(choice for choice in choices if choice != each.default) if choices else 0.25
-        if isinstance(each.default, str | float):
+        if isinstance(each.default, str):
+            value: object = next(choice for choice in choices if choice != each.default)
+        elif isinstance(each.default, float):
+            value = 0.6 * each.default or 0.25
+        else:
+            value = 2
+        if each.default is not None:
             expected[each.name] = value
             flags += [flag, str(value)]
     run = as_json(capsys, "quantize", own, "--method", method, *flags)
