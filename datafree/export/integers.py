@@ -55,13 +55,14 @@ class Integers:
         return (self.along(self.scale) * self.multiplied().astype(np.float32)).astype(np.float32)
 
     def scaled(self, factor: Array) -> "Integers":
-        """The weight times ``factor``, (channels,): of either sign; 0 makes a scale of 0."""
+        """The weight times ``factor``, (channels,): of either sign; a scale that becomes 0 makes codes and offset 0."""
+        scale = (self.scale * np.abs(factor)).astype(np.float32)
         flip = factor < 0
         # -(factor * code + offset) = factor * (-code - 1) + (factor - offset), and -code - 1 has as many bits as code
         flipped, moved = (-self.codes, -self.offset) if self.symmetric else (-self.codes - 1, self.factor - self.offset)
-        codes = np.where(self.along(flip), flipped, self.codes).astype(np.int16)
-        offset = np.where(flip, moved, self.offset).astype(np.int16)
-        return replace(self, codes=codes, offset=offset, scale=(self.scale * np.abs(factor)).astype(np.float32))
+        codes = np.where(self.along(flip), flipped, self.codes) * self.along(scale > 0)
+        offset = np.where(flip, moved, self.offset) * (scale > 0)
+        return replace(self, codes=codes.astype(np.int16), offset=offset.astype(np.int16), scale=scale)
 
     def transposed(self, order: tuple[int, ...]) -> "Integers":
         """The axes in another order."""

@@ -78,6 +78,8 @@ def lower(model: ir.Model, weights: Mapping[str, Integers], grids: Mapping[str, 
     common.RemoveUnusedNodesPass()(model)  # clamps that nobody reads any more would read what layers put out
     sink_dequantizers(graph)
     lower_layers(graph, weights, style)
+    if style.integer_outputs:
+        guard_float_layers(graph)
     _tidy(model, weights)
 
 
@@ -119,49 +121,62 @@ def _marked(graph: ir.Graph, kind: str) -> list[ir.Node]:
 
 
 def _replace(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
-    ir.convenience.replace_all_uses_with(node.outputs[0], value, replace_graph_outputs=True)
+    """Let ``value`` stand for what the node gives, under its name where that goes out of the graph."""
+    old = node.outputs[0]
+    if old.is_graph_output():
+        value.name, value.type, value.shape = old.name, old.type, old.shape
+    ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
     graph.remove(node, safe=True)
 
 
 def layer_of(node: ir.Node) -> str | None:
     """The layer whose weight the node takes as its second input, None if it takes none."""
     maker = node.inputs[1].producer() if len(node.inputs) > 1 and node.inputs[1] is not None else None
-    if maker is not None and maker.op_type == "Transpose":
-        maker = maker.inputs[0].producer()
     return maker.attributes.get_string("layer") if maker is not None and (maker.domain, maker.op_type) == ("datafree", "Weight") else None
 
 
-def _laid_out(graph: ir.Graph, weights: Mapping[str, Integers]) -> dict[str, Integers]:
-    """The weights with the transposition that linear layers put before their product."""
-    found = dict(weights)
+def _readers(graph: ir.Graph) -> dict[str, list[ir.Node]]:
+    """Who takes the weight of each layer: a node for each time."""
+    found: dict[str, list[ir.Node]] = {}
     for node in _marked(graph, "Weight"):
-        for use in tuple(node.outputs[0].consumers()):
-            if use.op_type == "Transpose":
-                name = node.attributes.get_string("layer")
-                order = tuple(use.attributes.get_ints("perm"))
-                if found[name].codes.shape == weights[name].codes.shape and found[name] is weights[name]:
-                    found[name] = weights[name].transposed(order)
-                _replace(graph, use, node.outputs[0])
+        found.setdefault(node.attributes.get_string("layer"), []).extend(use.node for use in node.outputs[0].uses())
     return found
+
+
+def _laid_out(graph: ir.Graph, weights: Mapping[str, Integers]) -> dict[str, Integers]:
+    """The weights with the transposition that linear layers put before their product, where all who read a weight put the same."""
+    found = dict(weights)
+    for name, readers in _readers(graph).items():
+        orders = {tuple(node.attributes.get_ints("perm")) if node.op_type == "Transpose" else () for node in readers}
+        if len(orders) == 1 and (order := orders.pop()):
+            found[name] = weights[name].transposed(order)
+            for node in readers:
+                value = node.inputs[0]
+                assert value is not None
+                _replace(graph, node, value)
+    return found
+
+
+def _out_axis(layer: ir.Node) -> int:
+    """The axis of output channels in the weight of the layer."""
+    first = layer.op_type == "Conv" or layer.op_type == "Gemm" and layer.attributes.get_int("transB", 0) == 1
+    return 0 if first else 1
 
 
 def fold_norms(graph: ir.Graph, weights: Mapping[str, Integers]) -> dict[str, Integers]:
     """Batch norms that alone follow a layer that is called once, as part of its scales and bias."""
     found = dict(weights)
-    calls: dict[str, int] = {}
-    for node in graph:
-        if (name := layer_of(node)) is not None:
-            calls[name] = calls.get(name, 0) + 1
+    readers = _readers(graph)
     for norm in [node for node in graph if node.op_type == "BatchNormalization"]:
         layer = norm.inputs[0].producer()
         name = None if layer is None else layer_of(layer)
-        if layer is None or name is None or calls[name] > 1 or len(layer.outputs[0].uses()) > 1 or layer.op_type == "MatMul":
+        if layer is None or name is None or len(readers[name]) > 1 or len(layer.outputs[0].uses()) > 1 or layer.op_type == "MatMul":
             continue
         gamma, beta, mean, var = (_array(value) for value in norm.inputs[1:])
-        if len(found[name].scale) != len(gamma):
+        if len(found[name].scale) != len(gamma) or found[name].axis != _out_axis(layer):
             continue  # a grouped transposed convolution shares its scales among groups
         factor = gamma / np.sqrt(var + norm.attributes.get_float("epsilon", 1e-5))
-        bias = _array(layer.inputs[2]) if len(layer.inputs) > 2 else np.zeros_like(mean)
+        bias = _array(layer.inputs[2]) if _biased(layer) else np.zeros_like(mean)
         found[name] = found[name].scaled(factor)
         folded = Pen(graph, layer).constant((beta + factor * (bias - mean)).astype(np.float32), f"{name}.bias.folded")
         layer.resize_inputs(3)
@@ -234,7 +249,9 @@ def sink_dequantizers(graph: ir.Graph) -> None:
     """Let operations that only move values move codes."""
     for node in list(graph):
         maker = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
-        if node.op_type in _MOVES and maker is not None and maker.op_type == "DequantizeLinear" and len(maker.inputs) == 3:
+        if maker is None or maker.op_type != "DequantizeLinear" or len(maker.inputs) != 3:
+            continue
+        if node.op_type in _MOVES and not node.outputs[0].is_graph_output():
             codes, *rest = maker.inputs
             node.replace_input_with(0, codes)
             moved = node.outputs[0]
@@ -249,32 +266,62 @@ def sink_dequantizers(graph: ir.Graph) -> None:
 def integer_layers(graph: ir.Graph) -> tuple[str, ...]:
     """The layers of a graph with markers whose weight and input are quantized: those that integer kernels can serve."""
     found: dict[str, bool] = {}
-    for node in graph:
-        if (name := layer_of(node)) is not None:
-            maker = node.inputs[0].producer()
-            while maker is not None and maker.op_type in _MOVES:
-                maker = maker.inputs[0].producer()
-            found[name] = found.get(name, True) and maker is not None and maker.op_type == "Quantized"
+    for name, readers in _readers(graph).items():
+        users = [use for node in readers for use in (node.outputs[0].consumers() if node.op_type == "Transpose" else (node,))]
+        makers = [_source(user.inputs[0]) for user in users]
+        found[name] = all(maker is not None and maker.op_type == "Quantized" for maker in makers)
     return tuple(name for name, integer in found.items() if integer)
+
+
+def _source(value: ir.Value) -> ir.Node | None:
+    """What made the value, behind all that only moves values."""
+    maker = value.producer()
+    return _source(maker.inputs[0]) if maker is not None and maker.op_type in _MOVES else maker
 
 
 def lower_layers(graph: ir.Graph, weights: Mapping[str, Integers], style: Style) -> None:
     """Give every layer its weight; those with an integer input and an integer weight become integer."""
     packed: dict[str, ir.Value] = {}
+    for node in _marked(graph, "Weight"):
+        if (name := node.attributes.get_string("layer")) not in packed:
+            packed[name] = unpacked(Pen(graph, node), weights[name], name, style.packing)
     for node in list(graph):
         if (name := layer_of(node)) is None:
             continue
-        weight, pen = weights[name], Pen(graph, node)
+        weight, pen, data = weights[name], Pen(graph, node), node.inputs[0].producer()
         node.name = name
-        if name not in packed:
-            packed[name] = unpacked(pen, weight, name, style.packing)
-        data = node.inputs[0].producer()
-        if data is None or data.op_type != "DequantizeLinear" or not weight.fits or not style.integer(node):
+        if data is None or data.op_type != "DequantizeLinear" or not style.integer(node) or not _multiplies(node, weight):
             node.replace_input_with(1, _float_weight(pen, packed[name], weight, name))
-        elif style.integer_outputs and (node.op_type == "MatMul" or node.op_type == "Conv" and not _quantized(node.outputs[0])):
+            continue
+        held = not _biased(node) or _bias(node, data, _alive(weight)) is not None
+        if style.integer_outputs and (node.op_type == "MatMul" or node.op_type == "Conv" and not (held and _quantized(node.outputs[0]))):
             _replace(graph, node, _integer_product(pen, node, data, packed[name], weight))
-        else:
+        elif held:
             _between_dequantizers(pen, node, data, packed[name], _alive(weight))
+        else:
+            node.replace_input_with(1, _float_weight(pen, packed[name], weight, name))
+    for node in _marked(graph, "Weight"):  # what is left is read by others than layers
+        if node.outputs[0].uses():
+            name = node.attributes.get_string("layer")
+            _replace(graph, node, _float_weight(Pen(graph, node), packed[name], weights[name], name))
+
+
+def _multiplies(node: ir.Node, weight: Integers) -> bool:
+    """Whether an integer kernel can multiply by this weight: its integers are bytes, its scales those of output channels."""
+    return weight.fits and weight.axis == _out_axis(node)
+
+
+def _biased(node: ir.Node) -> bool:
+    return len(node.inputs) > 2 and node.inputs[2] is not None
+
+
+def _bias(node: ir.Node, data: ir.Node, weight: Integers) -> tuple[Array, Array] | None:
+    """The bias in steps of the accumulator, int32, and these steps, float32, (channels,) both; None where int32 does not hold it."""
+    bias = _array(node.inputs[2]).astype(np.float64)
+    step = np.resize(weight.scale * np.float32(_array(data.inputs[1])), len(bias))  # groups share the scales of transposed convolutions
+    if not (step > 0).all() or np.abs(steps := np.round(bias / step)).max(initial=0) >= 2**31:
+        return None
+    return steps.astype(np.int32), step
 
 
 def _quantized(value: ir.Value) -> bool:
@@ -286,7 +333,9 @@ def _quantized(value: ir.Value) -> bool:
 def _float_weight(pen: Pen, codes: ir.Value, weight: Integers, name: str) -> ir.Value:
     """A product that runtimes compute once, when they load the file."""
     value = pen.op("Cast", [codes], {"to": ir.DataType.FLOAT})
-    return pen.op("Mul", [value, pen.constant(weight.along(weight.scale), f"{name}.weight.scale")])
+    value = pen.op("Mul", [value, pen.constant(weight.along(weight.scale), f"{name}.weight.scale")])
+    value.shape = ir.Shape(weight.codes.shape)
+    return value
 
 
 def _integer_product(pen: Pen, node: ir.Node, data: ir.Node, codes: ir.Value, weight: Integers) -> ir.Value:
@@ -296,27 +345,56 @@ def _integer_product(pen: Pen, node: ir.Node, data: ir.Node, codes: ir.Value, we
     value = pen.op(f"{node.op_type}Integer", [data.inputs[0], codes, data.inputs[2]], dict(node.attributes), name=node.name)
     value = pen.op("Cast", [value], {"to": ir.DataType.FLOAT})
     value = pen.op("Mul", [value, pen.constant(scale.reshape(shape), f"{node.name}.scale")])
-    if len(node.inputs) > 2:
+    if _biased(node):
         value = pen.op("Add", [value, pen.constant(_array(node.inputs[2]).reshape(shape), f"{node.name}.bias")])
     return value
 
 
 def _between_dequantizers(pen: Pen, node: ir.Node, data: ir.Node, codes: ir.Value, weight: Integers) -> None:
     """The layer as a float operation on dequantized tensors, which runtimes fuse to an integer kernel."""
-    name, scale = node.name, weight.scale * np.float32(_array(data.inputs[1]))
+    name = node.name
     inputs = [codes, pen.constant(weight.scale, f"{name}.weight.scale")]
     if node.op_type == "Gemm":  # fused by ONNX Runtime only where a zero point is given
-        inputs.append(pen.constant(np.zeros(len(scale), np.int8), f"zeros.{len(scale)}"))
+        inputs.append(pen.constant(np.zeros(len(weight.scale), np.int8), f"zeros.{len(weight.scale)}"))
     node.replace_input_with(1, pen.op("DequantizeLinear", inputs, {"axis": weight.axis}))
-    if len(node.inputs) > 2 and node.inputs[2] is not None:
-        bias = np.round(_array(node.inputs[2]).astype(np.float64) / scale)
-        if np.abs(bias).max(initial=0) < 2**31:
-            stored = [pen.constant(bias.astype(np.int32), f"{name}.bias"), pen.constant(scale, f"{name}.bias.scale")]
-            node.replace_input_with(2, pen.op("DequantizeLinear", stored, {"axis": 0}))
+    if _biased(node):
+        bias = _bias(node, data, weight)
+        assert bias is not None
+        stored = [pen.constant(each, f"{name}.{what}") for each, what in zip(bias, ("bias", "bias.scale"), strict=True)]
+        node.replace_input_with(2, pen.op("DequantizeLinear", stored, {"axis": 0}))
 
 
 def _alive(weight: Integers) -> Integers:
     """Channels that are 0 throughout take the largest scale of the others: theirs may be 0, and a bias is counted in it."""
     rest = tuple(axis for axis in range(weight.codes.ndim) if axis != weight.axis)
-    dead = (weight.multiplied() == 0).all(axis=rest) | (weight.scale == 0)
-    return replace(weight, scale=np.where(dead, weight.scale.max(initial=0) or 1.0, weight.scale).astype(np.float32))
+    dead = (weight.multiplied() == 0).all(axis=rest)
+    largest = weight.scale[~dead].max(initial=0) or 1.0
+    return replace(weight, scale=np.where(dead, largest, weight.scale).astype(np.float32))
+
+
+def guard_float_layers(graph: ir.Graph) -> None:
+    """Keep ONNX Runtime from rounding float weights to 8 bits and one scale, as it does between a dequantizer and a quantizer.
+
+    It leaves them where the bias is not in the file as such: here it comes out of a DequantizeLinear in steps of 2^-30 of its largest.
+    """
+    for node in [node for node in graph if node.op_type in ("Conv", "ConvTranspose", "Gemm")]:
+        data, weight = node.inputs[0].producer(), node.inputs[1]
+        if data is None or data.op_type != "DequantizeLinear" or weight.shape is None or _made_by(weight, "DequantizeLinear"):
+            continue
+        if not _biased(node):
+            groups = node.attributes.get_int("group", 1) if node.op_type == "ConvTranspose" else 1
+            bias = np.zeros(groups * weight.shape.numpy()[_out_axis(node)])
+        elif (tensor := ir.convenience.get_const_tensor(node.inputs[2])) is not None:
+            bias = tensor.numpy().astype(np.float64)
+        else:
+            continue
+        step = np.float32(np.abs(bias).max(initial=0) * 2.0**-30) or np.float32(1)
+        pen = Pen(graph, node)
+        stored = [pen.constant(np.round(bias / step).astype(np.int32), "bias"), pen.constant(step, "bias.step")]
+        node.resize_inputs(3)
+        node.replace_input_with(2, pen.op("DequantizeLinear", stored))
+
+
+def _made_by(value: ir.Value, kind: str) -> bool:
+    maker = value.producer()
+    return maker is not None and maker.op_type == kind

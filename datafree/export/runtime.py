@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 _INTEGER = ("QLinearConv", "ConvInteger", "QGemm", "MatMulInteger", "MatMulIntegerToFloat", "QLinearMatMul")
+_RENAMERS = ("NchwcTransformer", "ConvActivationFusion")  # they fuse and lay out float kernels, and lose their names
 _RENAMED = re.compile(r"(_token_\d+|_nchwc|_quant|/duplicated)+$")
 
 
@@ -97,9 +98,10 @@ class OnnxRuntime:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if optimised is not None:
             options.optimized_model_filepath = str(optimised)
+        renamers = [] if optimised is None else list(_RENAMERS)
         refusals = onnxruntime.capi.onnxruntime_pybind11_state
         try:
-            return onnxruntime.InferenceSession(self._data, options, providers=["CPUExecutionProvider"])
+            return onnxruntime.InferenceSession(self._data, options, providers=["CPUExecutionProvider"], disabled_optimizers=renamers)
         except (refusals.Fail, refusals.InvalidGraph, refusals.InvalidProtobuf, refusals.InvalidArgument, refusals.NotImplemented) as error:
             reason = str(error).strip().splitlines()[0]
             raise ExportError(

@@ -41,13 +41,20 @@ class Pen:
         return node.outputs[0]
 
     def constant(self, value: Array | np.generic | ir.TensorProtocol, name: str) -> ir.Value:
-        """An initializer; a name that was given before is that of an equal one. The colon keeps apart what the network brings."""
+        """An initializer, one for all that are equal under a name; the colon keeps apart what the network brings."""
+        tensor = value if isinstance(value, ir.TensorProtocol) else ir.tensor(np.asarray(value), name=name)
         name = f":{name}"
-        if name not in self.graph.initializers:
-            tensor = value if isinstance(value, ir.TensorProtocol) else ir.tensor(np.asarray(value), name=name)
-            made = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-            self.graph.register_initializer(made)
-        return self.graph.initializers[name]
+        while (there := self.graph.initializers.get(name)) is not None:
+            if _same(there.const_value, tensor):
+                return there
+            name += "+"
+        made = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self.graph.register_initializer(made)
+        return made
+
+
+def _same(one: ir.TensorProtocol, other: ir.TensorProtocol) -> bool:
+    return (one.dtype, tuple(one.shape), one.tobytes()) == (other.dtype, tuple(other.shape), other.tobytes())
 
 
 def unpacked(pen: Pen, weight: Integers, name: str, packing: Packing) -> ir.Value:

@@ -65,6 +65,7 @@ def test_scaled_is_the_product(spec: QSpec, seed: int, factors: list[float]) -> 
     check(found)
     assert (found.scale >= 0).all() and (found.bits, found.factor, found.axis) == (weight.bits, weight.factor, weight.axis)
     assert np.array_equal(found.values(), weight.values() * weight.along(factor))  # powers of two: exact
+    assert not found.multiplied()[factor == 0].any()  # such a channel may take any scale
     assert np.array_equal(weight.scaled(np.float32([-1, -1, -1])).scaled(np.float32([-1, -1, -1])).codes, weight.codes)
 
 
