@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from datafree.graph.flow import MOVES, Flow, Layer
-from datafree.graph.fold import foldable, norm_vectors
-from datafree.quant.insert import is_quantized, quantizers, weight_quantizer
+from datafree.graph.fold import by_outputs, foldable, norm_vectors
+from datafree.quant.insert import effective_weight, is_quantized, quantizers, weight_quantizer
 from datafree.quant.quantizer import Quantizer
 
 _LARGEST = 2**31 - 1
@@ -53,10 +53,11 @@ def settle(student: nn.Module, flow: Flow) -> None:
         if name not in inputs or not is_quantized(module) or inputs[name].spec.axis is not None:
             continue
         step = inputs[name].scale * _scales(module, layer)
+        dead = (by_outputs(effective_weight(module), layer) == 0).flatten(1).all(dim=1)
         if name in own:
-            _settle_norm(module, student.get_submodule(str(layer.norm)), step)
+            _settle_norm(module, student.get_submodule(str(layer.norm)), step, dead)
         elif layer.norm is None and isinstance(module.bias, Tensor):
-            module.bias += _rounding(module.bias, step)
+            module.bias += _rounding(module.bias, _alive(step, dead))
 
 
 def _scales(module: nn.Module, layer: Layer) -> Tensor:
@@ -65,13 +66,19 @@ def _scales(module: nn.Module, layer: Layer) -> Tensor:
     return scale.repeat(layer.groups) if scale.dim() and layer.kind == "conv_transpose" else scale
 
 
-def _settle_norm(module: nn.Module, norm: nn.Module, step: Tensor) -> None:
+def _alive(step: Tensor, dead: Tensor) -> Tensor:
+    """Channels of zeros take the largest step of the others, as in the file: theirs says nothing."""
+    step = step.expand(dead.shape)
+    return torch.where(dead, step[~dead].max() if not dead.all() else 0.0, step)
+
+
+def _settle_norm(module: nn.Module, norm: nn.Module, step: Tensor, dead: Tensor) -> None:
     if not isinstance(norm.bias, Tensor):
         return
     vectors = norm_vectors(norm)
     factor = vectors.gamma / vectors.sigma
     bias = module.bias if isinstance(module.bias, Tensor) else 0.0
-    norm.bias += _rounding(vectors.beta + factor * (bias - vectors.mu), step * factor.abs())
+    norm.bias += _rounding(vectors.beta + factor * (bias - vectors.mu), _alive(step * factor.abs(), dead | (factor == 0)))
 
 
 def _rounding(bias: Tensor, step: Tensor) -> Tensor:
