@@ -20,6 +20,7 @@ from datafree.quant.ranges import channel_rows, from_range
 Model = Literal["gauss", "laplace"]
 
 _SCALES, _SMALLEST = 512, 1e-3  # scales tried, evenly spaced in their logarithm, and the smallest, relative to that of min-max
+_APART = 8  # zero points from one to the next in a first search
 _LIKE_GAUSS = ((2 / math.pi) ** 0.5 + 0.5**0.5) / 2  # mean |x| over standard deviation, halfway between the two models
 
 
@@ -42,11 +43,25 @@ def best_range(models: Sequence[tuple[Tensor, Tensor]], spec: QSpec) -> tuple[Te
     steps = spec.levels[1]
     scale = (high - low) / steps * torch.logspace(math.log10(_SMALLEST), 0, _SCALES, dtype=torch.float64, device=low.device)[:, None]
     zero = torch.arange(0 if high > 0 else steps, 1 + (steps if low < 0 else 0), device=low.device)
-    errors = torch.stack([expected_error(*model, scale, zero, steps) for model in models])
-    least = errors.flatten(1).amin(1)[:, None, None]
-    worst = torch.where(errors > least, errors / least, 1.0).amax(0)
+    if zero.numel() > _APART**2:  # first every so many zeros, then all those near the best ones
+        coarse = zero[_APART // 2 :: _APART]
+        errors = _errors(models, scale, coarse, steps)
+        best = coarse[torch.stack([*errors, _worst(errors)]).amin(1).argmin(1)]
+        zero = zero[((zero[:, None] - best).abs() <= _APART).any(1)]
+    worst = _worst(_errors(models, scale, zero, steps))
     row, column = divmod(int(worst.argmin()), zero.numel())
     return scale[row, 0].float(), zero[column].float()
+
+
+def _errors(models: Sequence[tuple[Tensor, Tensor]], scale: Tensor, zero: Tensor, steps: int) -> Tensor:
+    """Of each model (n), scale (m, 1) and zero (k,): (n, m, k)."""
+    return torch.stack([expected_error(*model, scale, zero, steps) for model in models])
+
+
+def _worst(errors: Tensor) -> Tensor:
+    """Of all models the largest error relative to the least that the model allows, (m, k)."""
+    least = errors.flatten(1).amin(1)[:, None, None]
+    return torch.where(errors > least, errors / least, 1.0).amax(0)
 
 
 def expected_error(values: Tensor, masses: Tensor, scale: Tensor, zero: Tensor, steps: int) -> Tensor:

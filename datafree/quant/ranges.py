@@ -13,7 +13,6 @@ from torch import Tensor
 
 from datafree.errors import NetworkError, TargetError
 from datafree.plan import QSpec
-from datafree.quant.grid import fake_quantize
 
 Rule = Literal["minmax", "mse"]
 _BLOCK = 1 << 18  # elements
@@ -173,6 +172,15 @@ def _positive(scale: Tensor) -> Tensor:
 
 
 def _error(rows: Tensor, scale: Tensor, zero: Tensor, spec: QSpec, importance: Tensor | None, exponent: float) -> Tensor:
-    gap = (rows - fake_quantize(rows, scale, zero, spec)).abs()
-    error = gap.square() if exponent == 2.0 else gap.pow(exponent)
-    return (error if importance is None else error * importance).sum(1)
+    """Counted in steps of the grid and in place: what is searched through is as large as the network."""
+    (low, high), shift = spec.levels, zero[:, None]
+    steps = rows / scale[:, None]
+    if spec.grid == "dorefa":
+        steps += shift
+        nearest = steps.round().clamp_(low, high)
+    elif spec.symmetric:
+        nearest = steps.round().clamp_(low, high)
+    else:
+        nearest = steps.round().clamp_(low - shift, high - shift)
+    error = nearest.sub_(steps).square_() if exponent == 2.0 else nearest.sub_(steps).abs_().pow_(exponent)
+    return (error if importance is None else error.mul_(importance)).sum(1) * scale**exponent
