@@ -1,5 +1,7 @@
 """ResNets of ImageNet's shape, random weights and set batch-norm statistics: for time and memory only."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -64,10 +66,11 @@ class ResNet(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
-def _made(depths: tuple[int, ...], block: type[Basic] | type[Bottleneck] = Bottleneck, expansion: int = 4) -> tuple[nn.Module, Task]:
+def randomized(build: Callable[[], nn.Module]) -> tuple[nn.Module, Task]:
+    """A network with weights and batch-norm statistics from seed 0, in eval mode, and its task."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = ResNet(depths, block, expansion)
+        model = build()
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -79,14 +82,14 @@ def _made(depths: tuple[int, ...], block: type[Basic] | type[Bottleneck] = Bottl
 
 def resnet18() -> tuple[nn.Module, Task]:
     """11.7 million parameters."""
-    return _made((2, 2, 2, 2), Basic, 1)
+    return randomized(lambda: ResNet((2, 2, 2, 2), Basic, 1))
 
 
 def resnet50() -> tuple[nn.Module, Task]:
     """25.6 million parameters."""
-    return _made((3, 4, 6, 3))
+    return randomized(lambda: ResNet((3, 4, 6, 3), Bottleneck, 4))
 
 
 def resnet152() -> tuple[nn.Module, Task]:
     """60.2 million parameters."""
-    return _made((3, 8, 36, 3))
+    return randomized(lambda: ResNet((3, 8, 36, 3), Bottleneck, 4))
