@@ -110,10 +110,18 @@ def _shorten(graph: ir.Graph, layers: Collection[str]) -> None:
         if value.name is None or not value.name.endswith(CODES):
             value.name, value.type, value.shape = f"v{number}", None, None
     for number, value in enumerate(list(graph.initializers.values())):
-        value.name = f"c{number}"
+        value.name, value.type, value.shape = f"c{number}", None, None
     for node in graph:
         if node.name not in layers:
             node.name = ""
+        for key in [key for key, each in node.attributes.items() if _is_default(key, each.value)]:
+            del node.attributes[key]
+
+
+def _is_default(key: str, value: object) -> bool:
+    """Whether ONNX takes the same where the attribute of a convolution is absent."""
+    ends = {"auto_pad": {"NOTSET"}, "group": {1}, "dilations": {1}, "strides": {1}, "pads": {0}, "output_padding": {0}}
+    return key in ends and set(value if isinstance(value, (tuple, list)) else (value,)) <= ends[key]
 
 
 def _marked(graph: ir.Graph, kind: str) -> list[ir.Node]:
