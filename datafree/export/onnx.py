@@ -15,8 +15,9 @@ from torch import nn
 
 from datafree.errors import ExportError
 from datafree.export.files import write_whole
+from datafree.export.grids import Grid, grid
 from datafree.export.integers import Integers, integers
-from datafree.export.lower import Grid, Style, grid, integer_layers, lower, lower_float
+from datafree.export.lower import Style, integer_layers, lower, lower_float
 from datafree.export.trace import trace
 from datafree.plan import Plan
 from datafree.quant.freeze import freeze

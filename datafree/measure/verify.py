@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from datafree.export.integers import Array
-from datafree.export.lower import codes_name
 from datafree.export.onnx import Prepared, float_onnx_bytes, prepare
+from datafree.export.rewrite import codes_name
 from datafree.export.runtime import Kernel, Loaded, open_file
 from datafree.measure.speed import Latency, interleaved
 from datafree.quant.grid import dequantize, quantize

@@ -12,8 +12,9 @@ import onnx
 import onnx.parser
 import onnx_ir as ir
 
+from datafree.export.grids import Grid
 from datafree.export.integers import Array, Integers
-from datafree.export.lower import Grid, Style, lower
+from datafree.export.lower import Style, lower
 from datafree.export.runtime import Kernel, OnnxRuntime
 from tests.reference import markers
 

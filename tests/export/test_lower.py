@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from datafree.errors import ExportError
-from datafree.export.lower import Grid, grid
+from datafree.export.grids import Grid, grid
 from datafree.plan import QSpec
 from datafree.quant.quantizer import Quantizer
 from tests.export.lowered import BETWEEN, BIAS, FOUR, PLAIN, SIGNED, Maker, integer, same, weight

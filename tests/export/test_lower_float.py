@@ -9,7 +9,8 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 
-from datafree.export.lower import Grid, Style, lower_float
+from datafree.export.grids import Grid
+from datafree.export.lower import Style, lower_float
 from datafree.export.runtime import Kernel, OnnxRuntime
 from tests.export.lowered import BETWEEN, BIAS, PLAIN, SIGNED, Maker, same, weight
 from tests.reference import markers

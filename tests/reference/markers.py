@@ -8,8 +8,8 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
+from datafree.export.grids import Grid
 from datafree.export.integers import Array, Integers
-from datafree.export.lower import Grid
 
 
 def run(model: onnx.ModelProto, weights: Mapping[str, Integers], grids: Mapping[str, Grid], x: Array) -> Array:
