@@ -33,12 +33,13 @@ from datafree.quant.settle import settle
 from datafree.task import Task
 
 if TYPE_CHECKING:
+    from datafree.export.runtime import RuntimeName
     from datafree.export.unpack import Packing
     from datafree.measure.verify import Verification
 
 __all__ = ["Result", "check_free", "export", "load", "made_by", "quantize", "strict_json", "verify"]
 
-Form = Literal["onnx", "safetensors", "program"]
+Form = Literal["onnx", "openvino", "safetensors", "program"]
 
 STUDENT_FILE, PLAN_FILE, RUN_FILE = "student.safetensors", "plan.json", "run.json"
 
@@ -110,14 +111,15 @@ def export(
         student: in eval mode, with all ranges set; it stays as it is.
         task: its inputs and answer.
         path: the new file; one that is there is replaced.
-        to: ``onnx``; ``safetensors`` (packed integers, read by :func:`load`); ``program`` (torch.export, float operations).
+        to: ``onnx``; ``openvino`` (an .xml, and the .bin of its weights beside it); ``safetensors`` (packed integers, read by
+            :func:`load`); ``program`` (torch.export, float operations).
         packing: of ONNX files: ``ort``; ``openvino-onnx`` for OpenVINO's reader; ``portable`` for any runtime.
         fastest: time the file here, and take float kernels (the weights stay packed) if integers are not faster.
         made_by: what the metadata say beside plan and versions.
 
     Raises:
         ExportError: what the network or the plan holds has no form there; the message names the layer.
-        MissingExtraError: onnx is not installed.
+        MissingExtraError: onnx or openvino is not installed.
         OutputError: the file cannot be written.
     """
     if to == "safetensors":
@@ -132,11 +134,15 @@ def export(
         from datafree.export.onnx import export_onnx, prepare
 
         prepared = prepare(student, task)
-    style = Style(packing, integer_outputs=packing != "openvino-onnx")
+    style, own = Style(packing, integer_outputs=packing != "openvino-onnx"), to == "openvino"
     if fastest:
         from datafree.measure.fastest import fastest_style
 
-        style = fastest_style(prepared, task, style)
+        style = fastest_style(prepared, task, style, own)
+    if own:
+        from datafree.export.openvino import export_openvino
+
+        return export_openvino(prepared, path, made_by, style.float_kernels)
     return export_onnx(prepared, path, style, made_by)
 
 
@@ -148,12 +154,15 @@ def _extra(name: str) -> Iterator[None]:
         raise MissingExtraError(f"{error.name} is not installed: pip install 'datafree[{name}]'") from error
 
 
-def verify(path: str | Path, student: nn.Module, task: Task, *, threads: int = 0) -> "Verification":
-    """Run an exported ONNX file in ONNX Runtime beside ``student``: see ``datafree.measure.verify``."""
+def verify(path: str | Path, student: nn.Module, task: Task, *, runtime: "RuntimeName | None" = None, threads: int = 0) -> "Verification":
+    """Run an exported file beside ``student``, an .xml in OpenVINO and the others in ONNX Runtime unless ``runtime`` says otherwise.
+
+    See ``datafree.measure.verify``.
+    """
     with _extra("onnx"):
         from datafree.measure.verify import verify as run
 
-        return run(path, student, task, threads=threads)
+        return run(path, student, task, runtime=runtime, threads=threads)
 
 
 def strict_json(value: object) -> str:

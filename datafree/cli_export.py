@@ -1,7 +1,7 @@
 """The commands around exported files: ``export``, ``verify``, ``bench-speed``."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -47,6 +47,7 @@ class CheckFlags:
         False, "do not fail for layers that fell back to float, or for a file slower than the float network"
     )
     net: str | None = option(None, "the float network, where it is no longer what the run names")
+    runtime: Literal["ort", "openvino"] | None = option(None, "what runs the file; by its kind unless given")
     threads: int = option(0, "threads of the runtime; 0 leaves it to the runtime")
     json: Json = option(False, "print JSON instead of a table")
 
@@ -59,17 +60,18 @@ _CheckFlags = Annotated[CheckFlags, Parameter(name="*")]
 def export_command(run: Run, /, *, flags: _ExportFlags = _EXPORT, check: _CheckFlags = _CHECK) -> None:
     """Write the student of a run as a file, run it in its runtime and compare."""
     student, task, record = open_run(run, check.net)
-    suffix = {"onnx": ".onnx", "safetensors": ".safetensors", "program": ".pt2"}[flags.to]
+    suffix = {"onnx": ".onnx", "openvino": ".xml", "safetensors": ".safetensors", "program": ".pt2"}[flags.to]
     file = flags.out or run / f"model{suffix}"
     export(student, task, file, to=flags.to, packing=flags.packing, fastest=flags.fastest, made_by=made_by(record))
     if flags.to in ("safetensors", "program"):
         Console(highlight=False).print(f"wrote {file}, {file.stat().st_size} bytes", soft_wrap=True)
     else:
-        _check(file, student, task, check)
+        own = flags.to == "onnx" and flags.packing == "openvino-onnx"
+        _check(file, student, task, replace(check, runtime="openvino") if own and check.runtime is None else check)
 
 
 def verify_command(
-    file: Annotated[Path, Parameter(help="an ONNX file")],
+    file: Annotated[Path, Parameter(help="an ONNX file, or the .xml of OpenVINO")],
     /,
     *,
     against: Run,
@@ -82,7 +84,7 @@ def verify_command(
 
 def _check(file: Path, student: nn.Module, task: Task, flags: CheckFlags) -> None:
     """Show what came of running a file. Raises VerifyError where it failed; fallbacks and slowness may be allowed."""
-    found, size = verify(file, student, task, threads=flags.threads), packed_bytes(student)
+    found, size = verify(file, student, task, runtime=flags.runtime, threads=flags.threads), packed_bytes(student)
     console = Console(highlight=False, markup=False, emoji=False)
     if flags.json:
         show.show_json(console, {**found.to_json(), "packed_bytes": size})
@@ -94,7 +96,7 @@ def _check(file: Path, student: nn.Module, task: Task, flags: CheckFlags) -> Non
 
 
 def bench_speed_command(
-    *files: Annotated[Path, Parameter(help="ONNX files")],
+    *files: Annotated[Path, Parameter(help="ONNX files, or the .xml of OpenVINO")],
     batch: Annotated[int, Parameter(help="inputs in one run")] = 1,
     threads: Threads = 0,
     json: Json = False,

@@ -2,6 +2,9 @@
 
 import os
 import secrets
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from datafree.errors import OutputError
@@ -24,3 +27,49 @@ def write_whole(path: str | Path, data: bytes) -> Path:
     finally:
         part.unlink(missing_ok=True)
     return file
+
+
+@contextmanager
+def whole_files(path: str | Path) -> Iterator[Path]:
+    """A folder to write several files in: where that ended without an error they take their places next to ``path``.
+
+    Files that were there come back where one cannot be put in its place.
+
+    Raises OutputError where the folder of ``path`` is missing or the files cannot be put there.
+    """
+    file = Path(path)
+    if not file.parent.is_dir():
+        raise OutputError(f"there is no folder {file.parent}: make it first")
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as folder:
+            yield Path(folder)
+            _move_all(sorted(Path(folder).iterdir()), file.parent)
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"{file} cannot be written: {error.strerror or error}") from error
+
+
+def _move_all(parts: list[Path], folder: Path) -> None:
+    """All or none; those that were there before wait beside the new ones until all are moved."""
+    moved: list[tuple[Path, Path]] = []
+    try:
+        for part in parts:
+            there, before = folder / part.name, part.with_name(f"{part.name}.before")
+            if there.exists():
+                os.replace(there, before)
+            moved.append((there, before))
+            os.replace(part, there)
+    except OSError:
+        for there, before in moved:
+            there.unlink(missing_ok=True)
+            if before.exists():
+                os.replace(before, there)
+        raise
+
+
+def size_of(path: str | Path) -> int:
+    """Bytes of an exported file; OpenVINO's have their weights in a second one."""
+    file = Path(path)
+    weights = file.with_suffix(".bin")
+    return file.stat().st_size + (weights.stat().st_size if file.suffix == ".xml" and weights.exists() else 0)

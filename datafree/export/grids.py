@@ -17,6 +17,10 @@ class Grid:
     low: int
     high: int
 
+    def value(self, code: int) -> np.float32:
+        """The value of a code."""
+        return np.float32(self.scale) * np.float32(code - self.zero)
+
     def code(self, value: float) -> int:
         """The code of a value, clipped to the grid."""
         steps = np.round(np.float32(value) / np.float32(self.scale)) + self.zero

@@ -13,6 +13,7 @@ from onnx_ir.passes import common
 
 from datafree.export.grids import Grid
 from datafree.export.integers import Array, Integers
+from datafree.export.lower_openvino import guard
 from datafree.export.rewrite import (
     alive,
     array,
@@ -63,6 +64,8 @@ def lower(model: ir.Model, weights: Mapping[str, Integers], grids: Mapping[str, 
     if style.float_kernels:
         drop_points(graph)
     share_points(graph, grids)
+    if style.packing == "openvino-onnx":
+        guard(graph)
     lower_points(graph, grids)
     common.RemoveUnusedNodesPass()(model)  # clamps that nobody reads any more would read what layers put out
     sink_dequantizers(graph)

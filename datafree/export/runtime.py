@@ -7,7 +7,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, final
+from typing import TYPE_CHECKING, Literal, Protocol, final
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from datafree.export.integers import Array
 if TYPE_CHECKING:
     import onnxruntime
 
+RuntimeName = Literal["ort", "openvino"]
 _INTEGER = ("QLinearConv", "ConvInteger", "QGemm", "MatMulInteger", "MatMulIntegerToFloat", "QLinearMatMul")
 _RENAMERS = ("NchwcTransformer", "ConvActivationFusion")  # they fuse and lay out float kernels, and lose their names
 _RENAMED = re.compile(r"(_token_\d+|_nchwc|_quant|/duplicated)+$")
@@ -53,22 +54,34 @@ class Loaded(Protocol):
         """The kernels of these layers; one that cannot be found in what the runtime made of the file is absent."""
 
 
-def open_file(path: str | Path, threads: int = 0, outputs: Sequence[str] = ()) -> Loaded:
+def open_file(path: str | Path, threads: int = 0, outputs: Sequence[str] = (), runtime: RuntimeName | None = None) -> Loaded:
     """Load an exported file.
 
     Args:
-        path: an ONNX file.
+        path: an ONNX file, or the .xml of OpenVINO.
         threads: how many may work; 0 leaves it to the runtime.
         outputs: names of tensors to give beside the file's own outputs.
+        runtime: OpenVINO for its own files, else ONNX Runtime unless told otherwise.
 
     Raises:
-        ExportError: the file is missing, damaged, or refused by the runtime.
+        ExportError: the file is missing, damaged, refused by the runtime or not of its kind.
         MissingExtraError: the runtime is not installed.
     """
     file = Path(path)
     if not file.is_file():
         raise ExportError(f"there is no file {file}: check the path")
+    if runtime == "ort" and runtime_of(file) != "ort":
+        raise ExportError(f"{file} is a file of OpenVINO, which ONNX Runtime cannot read: leave out the runtime, or give an ONNX file")
+    if (runtime or runtime_of(file)) == "openvino":
+        from datafree.export.openvino_runtime import OpenVino
+
+        return OpenVino(file, threads, outputs)
     return OnnxRuntime(file, threads, outputs)
+
+
+def runtime_of(path: str | Path) -> RuntimeName:
+    """The runtime that runs a file unless told otherwise, by its ending."""
+    return "openvino" if Path(path).suffix == ".xml" else "ort"
 
 
 @final

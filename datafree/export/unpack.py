@@ -33,10 +33,15 @@ class Pen:
         self.graph, self.before = graph, before
 
     def op(
-        self, kind: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, object] | None = None, name: str | None = None
+        self,
+        kind: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, object] | None = None,
+        name: str | None = None,
+        domain: str = "",
     ) -> ir.Value:
         """The output of a new node."""
-        node = ir.node(kind, inputs, attributes, name=name or "")
+        node = ir.node(kind, inputs, attributes, name=name or "", domain=domain)
         self.graph.insert_before(self.before, node)
         return node.outputs[0]
 

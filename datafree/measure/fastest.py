@@ -9,27 +9,34 @@ import torch
 
 from datafree.export.integers import Array
 from datafree.export.lower import Style
-from datafree.export.onnx import Prepared, onnx_bytes
-from datafree.export.runtime import open_file
+from datafree.export.onnx import Prepared, export_onnx
+from datafree.export.runtime import RuntimeName, open_file
 from datafree.measure.speed import Latency, interleaved
 from datafree.task import Task
 
 
-def fastest_style(prepared: Prepared, task: Task, style: Style, threads: int = 0) -> Style:
+def fastest_style(prepared: Prepared, task: Task, style: Style, openvino: bool = False, threads: int = 0) -> Style:
     """``style`` with integer or float kernels, whichever file runs faster here on one input; the two are timed in turns.
+
+    ``openvino``: the file is to be one of OpenVINO's own; ONNX files packed for it are timed in it as well.
 
     Float kernels run as fast as those of the float network, on weights as small as their bits.
     """
     choices = [replace(style, float_kernels=False), replace(style, float_kernels=True)]
-    integer, full = _timed(prepared, choices, task.noise(1, torch.Generator().manual_seed(0)).numpy(), threads)
+    integer, full = _timed(prepared, choices, task.noise(1, torch.Generator().manual_seed(0)).numpy(), openvino, threads)
     return choices[0] if integer.median <= full.median else choices[1]
 
 
-def _timed(prepared: Prepared, styles: Sequence[Style], x: Array, threads: int) -> list[Latency]:
+def _timed(prepared: Prepared, styles: Sequence[Style], x: Array, openvino: bool, threads: int) -> list[Latency]:
     with tempfile.TemporaryDirectory(prefix="datafree-") as folder:
-        loaded = []
-        for number, style in enumerate(styles):
-            file = Path(folder) / f"{number}.onnx"
-            file.write_bytes(onnx_bytes(prepared, style))
-            loaded.append(open_file(file, threads))
-        return interleaved(loaded, x)
+        files = [_write(prepared, style, Path(folder) / str(number), openvino) for number, style in enumerate(styles)]
+        runtime: RuntimeName = "openvino" if openvino or styles[0].packing == "openvino-onnx" else "ort"
+        return interleaved([open_file(file, threads, runtime=runtime) for file in files], x)
+
+
+def _write(prepared: Prepared, style: Style, path: Path, openvino: bool) -> Path:
+    if not openvino:
+        return export_onnx(prepared, path.with_suffix(".onnx"), style)
+    from datafree.export.openvino import export_openvino
+
+    return export_openvino(prepared, path.with_suffix(".xml"), float_kernels=style.float_kernels)

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from datafree.export.files import size_of
 from datafree.export.integers import Array
 from datafree.export.onnx import Prepared, float_onnx_bytes, prepare
 from datafree.export.rewrite import codes_name
-from datafree.export.runtime import Kernel, Loaded, open_file
+from datafree.export.runtime import Kernel, Loaded, RuntimeName, open_file, runtime_of
 from datafree.measure.speed import Latency, interleaved
 from datafree.quant.grid import dequantize, quantize
 from datafree.quant.insert import quantizers
@@ -116,6 +117,7 @@ def verify(
     task: Task,
     *,
     prepared: Prepared | None = None,
+    runtime: RuntimeName | None = None,
     threads: int = 0,
     inputs: int = 16,
     seed: int = 0,
@@ -123,10 +125,11 @@ def verify(
     """Run the file at ``path`` beside ``student``, which it was exported from.
 
     Args:
-        path: an ONNX file.
+        path: an ONNX file, or the .xml of OpenVINO.
         student: in eval mode; it stays as it is.
         task: its inputs and answer.
         prepared: the student read for export, where that has been done.
+        runtime: OpenVINO for its own files, else ONNX Runtime unless told otherwise.
         threads: of the runtime; 0 leaves it to the runtime.
         inputs: how many inputs of noise to compare.
         seed: of the noise.
@@ -138,15 +141,15 @@ def verify(
     prepared = prepare(student, task) if prepared is None else prepared
     file = Path(path)
     x = task.noise(inputs, torch.Generator().manual_seed(seed))
-    probe = open_file(file, threads, [codes_name(point) for point in quantizers(student)])
+    probe = open_file(file, threads, [codes_name(point) for point in quantizers(student)], runtime)
     found = probe.run(x.numpy())
     with torch.no_grad():
         own = task.run(student, x.to(next(student.parameters()).device)).cpu()
-    answer = torch.from_numpy(found["output"])
     float_kernels = probe.header().get("float_kernels") is True
     forced, codes = _forced(student, task, x, found, float_kernels)
-    loaded = open_file(file, threads)
-    latency, float_latency = _latencies(loaded, prepared, threads, x[:1].numpy())
+    loaded = open_file(file, threads, runtime=runtime)
+    answer = torch.from_numpy(loaded.run(x.numpy())["output"])
+    latency, float_latency = _latencies(loaded, prepared, threads, x[:1].numpy(), runtime or runtime_of(file))
     kernels = loaded.kernels(tuple(prepared.weights))
     fell_back = tuple(name for name in prepared.integer if not float_kernels and not (name in kernels and kernels[name].integer))
     different = (own - answer).abs()
@@ -161,12 +164,12 @@ def verify(
         points=len(codes),
         code_difference=max((int(each.max()) for each in codes), default=0),
         differing_codes=100 * sum(int((each > 0).sum()) for each in codes) / max(1, sum(each.numel() for each in codes)),
-        local_difference=float((forced - answer).abs().max()),
+        local_difference=float((forced - torch.from_numpy(found["output"])).abs().max()),
         layers=len(prepared.weights),
         kernels=kernels,
         float_kernels=float_kernels,
         fell_back=fell_back,
-        file_bytes=file.stat().st_size,
+        file_bytes=size_of(file),
         load_seconds=loaded.load_seconds,
         latency=latency,
         float_latency=float_latency,
@@ -211,10 +214,10 @@ def _take_over(
     return hook
 
 
-def _latencies(loaded: Loaded, prepared: Prepared, threads: int, x: Array) -> tuple[Latency, Latency]:
+def _latencies(loaded: Loaded, prepared: Prepared, threads: int, x: Array, runtime: RuntimeName) -> tuple[Latency, Latency]:
     """Of the file and of the float file in the same runtime, taking turns."""
     with tempfile.TemporaryDirectory(prefix="datafree-") as folder:
         whole = Path(folder) / "float.onnx"
         whole.write_bytes(float_onnx_bytes(prepared))
-        quantized, full = interleaved([loaded, open_file(whole, threads)], x)
+        quantized, full = interleaved([loaded, open_file(whole, threads, runtime=runtime)], x)
     return quantized, full
