@@ -1,6 +1,7 @@
 """The commands around exported files, as a user types them."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,36 @@ def test_a_file_of_another_student_ends_with_3(run: Path, tmp_path: Path, capsys
     assert cli.main(["quantize", "digits", "--method", "rtn", "--weight-bits", "2", "--act-bits", "4", "--out", str(other)]) == 0
     assert cli.main(["verify", str(run / "model.onnx"), "--against", str(other), "--allow-fallback"]) == 3
     assert "is this the file of that student" in capsys.readouterr().err
+
+
+def test_openvino(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install 'datafree[openvino]'")
+    assert cli.main(["export", str(run), "--to", "openvino", "--allow-fallback", "--threads", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    weights = (run / "model.bin").stat().st_size
+    assert found["file"] == "model.xml" and found["file_bytes"] == (run / "model.xml").stat().st_size + weights
+    assert weights < found["packed_bytes"] and found["fell_back"] == [] and found["runtime"].startswith("openvino")
+    assert found["code_difference"] <= 1 and found["same_top1"] == 100 and found["layers"] == len(found["kernels"]) == 16
+    packed = str(run / "openvino.onnx")
+    command = ["export", str(run), "--packing", "openvino-onnx", "--out", packed, "--allow-fallback", "--fastest"]
+    assert cli.main(command) == 0 and "openvino 20" in capsys.readouterr().out
+    assert cli.main(["verify", packed, "--against", str(run), "--runtime", "openvino", "--allow-fallback"]) == 0
+    capsys.readouterr()
+    assert cli.main(["bench-speed", str(run / "model.onnx"), str(run / "model.xml"), "--json", "--threads", "1"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["runtime"].split()[0] for row in rows] == ["onnxruntime", "openvino"]
+    assert cli.main(["verify", str(run / "model.xml"), "--against", str(run), "--runtime", "ort"]) == 2
+    assert "which ONNX Runtime cannot read" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_without_openvino(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    for command in (
+        ["export", str(run), "--to", "openvino"],
+        ["verify", str(run / "model.onnx"), "--against", str(run), "--runtime", "openvino"],
+    ):
+        assert cli.main([*command, "--allow-fallback"]) == 2
+        assert "pip install 'datafree[openvino]'" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_other_forms(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from datafree.export.grids import Grid
-from datafree.export.integers import Integers
+from datafree.export.integers import Array, Integers
 from datafree.export.rewrite import (
     alive,
     array,
@@ -73,6 +73,7 @@ def guard(graph: ir.Graph) -> None:
 
     Of a convolution, a quantizer, a sum and a quantizer it makes one kernel, in which the first quantizer does not round. A mean of
     codes it rounds to a code even where no quantizer follows, and reads memory it has not written when the batch is large.
+    A layer that makes the output, without a bias, it would rename.
     """
     for node in list(graph):
         readers = node.outputs[0].consumers()
@@ -81,6 +82,8 @@ def guard(graph: ir.Graph) -> None:
         if mean or summed:
             pen = Pen(graph, node)
             node.replace_input_with(0, pen.op("PRelu", [node.inputs[0], pen.constant(np.ones(1, np.float32), "identity")]))
+        elif layer_of(node) is not None and node.outputs[0].is_graph_output() and (node.op_type == "MatMul" or not biased(node)):
+            _follow(graph, node, "PRelu", np.ones(1, np.float32))
 
 
 def _lower_points(graph: ir.Graph, grids: Mapping[str, Grid]) -> None:
@@ -102,12 +105,18 @@ def _add_bias(graph: ir.Graph, layer: ir.Node, rank: int) -> None:
     """The bias as an addition: what OpenVINO's reader makes of a third input is several operations."""
     if layer.op_type == "MatMul" or not biased(layer):
         return
-    bias, product = array(layer.inputs[2]).reshape([1, -1] + [1] * (rank - 2)), layer.outputs[0]
+    bias = array(layer.inputs[2]).reshape([1, -1] + [1] * (rank - 2))
     layer.resize_inputs(2)
-    added = ir.node("Add", [product, Pen(graph, layer).constant(bias, f"{layer.name}.bias.shaped")])
-    total = added.outputs[0]
-    total.name, total.type, total.shape = product.name, product.type, product.shape
-    ir.convenience.replace_all_uses_with(product, total, replace_graph_outputs=True)
-    added.replace_input_with(0, product)
+    _follow(graph, layer, "Add", bias)
+
+
+def _follow(graph: ir.Graph, layer: ir.Node, kind: str, constant: Array) -> None:
+    """Put an operation on what the layer makes and a constant behind it."""
+    product = layer.outputs[0]
+    node = ir.node(kind, [product, Pen(graph, layer).constant(constant, f"{layer.name}.{kind}")])
+    made = node.outputs[0]
+    made.name, made.type, made.shape = product.name, product.type, product.shape
+    ir.convenience.replace_all_uses_with(product, made, replace_graph_outputs=True)
+    node.replace_input_with(0, product)
     product.name = None
-    graph.insert_after(layer, added)
+    graph.insert_after(layer, node)
