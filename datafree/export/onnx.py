@@ -4,7 +4,6 @@
 The batch is dynamic, batch norms are folded, and the metadata say what made the file.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,6 +15,7 @@ from torch import nn
 from datafree.errors import ExportError
 from datafree.export.files import write_whole
 from datafree.export.grids import Grid, grid
+from datafree.export.header import header
 from datafree.export.integers import Integers, integers
 from datafree.export.lower import Style, integer_layers, lower, lower_float
 from datafree.export.trace import trace
@@ -65,18 +65,12 @@ def onnx_bytes(prepared: Prepared, style: Style | None = None, made_by: Mapping[
     """The file; ``made_by`` (method, hash of the source weights, ...) goes into its metadata beside plan and versions."""
     model, style = prepared.graph.clone(), style or Style()
     lower(model, prepared.weights, prepared.grids, style)
-    kinds = {value.dtype for value in model.graph.initializers.values()}
+    kinds = {value.const_value.dtype for value in model.graph.initializers.values() if value.const_value is not None}
     if kinds & _TWO_BITS:
         model.graph.opset_imports[""], model.ir_version = 25, 13  # the first with 2-bit integers
-    header = {**header_of(prepared, made_by), "float_kernels": style.float_kernels}
     model.producer_name, model.producer_version = "datafree", version("datafree")
-    model.metadata_props["datafree"] = json.dumps(header)
+    model.metadata_props["datafree"] = header(prepared.plan, style.float_kernels, made_by)
     return _serialised(model)
-
-
-def header_of(prepared: Prepared, made_by: Mapping[str, object] | None) -> dict[str, object]:
-    """What the metadata of a file say, for JSON."""
-    return {"version": version("datafree"), "plan": prepared.plan.to_json(), **(made_by or {})}
 
 
 def float_onnx_bytes(prepared: Prepared) -> bytes:

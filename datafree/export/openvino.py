@@ -4,7 +4,6 @@ A weight of b bits is stored unsigned in OpenVINO's u1, u2, u3, u4 and u6, conve
 does once, when it loads the file. Converted straight to float it would make a float layer.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +15,10 @@ import onnx_ir as ir
 
 from datafree.errors import ExportError, OutputError
 from datafree.export.files import whole_files
+from datafree.export.header import header
 from datafree.export.integers import Array, Integers
 from datafree.export.lower_openvino import lower_openvino, weight_name
-from datafree.export.onnx import Prepared, header_of
+from datafree.export.onnx import Prepared
 from datafree.export.openvino_runtime import imported, reason
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def export_openvino(prepared: Prepared, path: str | Path, made_by: Mapping[str, 
     if file.suffix != ".xml":
         raise ExportError(f"{file} would be no file of OpenVINO: choose a name that ends in .xml")
     model = openvino_model(prepared, float_kernels)
-    model.set_rt_info(json.dumps({**header_of(prepared, made_by), "float_kernels": float_kernels}), ["datafree"])
+    model.set_rt_info(header(prepared.plan, float_kernels, made_by), ["datafree"])
     with whole_files(file) as folder:
         text = folder / file.name
         try:

@@ -1,6 +1,5 @@
 """OpenVINO behind the face of ``runtime.Loaded``: its own files (.xml, with the weights in a .bin), and ONNX files that suit it."""
 
-import json
 import re
 import time
 from collections.abc import Collection, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 
 from datafree.errors import ExportError, MissingExtraError
+from datafree.export.header import read_header
 from datafree.export.integers import Array
 from datafree.export.runtime import Kernel
 
@@ -62,7 +62,7 @@ class OpenVino:
 
     def header(self) -> dict[str, object]:
         """What datafree wrote into the file's metadata; empty where another program made it."""
-        return dict(json.loads(self._header))
+        return read_header(self._header)
 
     def kernels(self, layers: Collection[str]) -> dict[str, Kernel]:
         """The kernels of these layers, read from the graph as OpenVINO executes it."""
@@ -95,7 +95,7 @@ def _header(model: "openvino.Model") -> str:
     for path in (["datafree"], ["framework", "datafree"]):
         if model.has_rt_info(path):
             return str(model.get_rt_info(path).astype(str))
-    return "{}"
+    return ""
 
 
 def _add_outputs(model: "openvino.Model", names: Sequence[str]) -> dict[str, tuple[float, float]]:

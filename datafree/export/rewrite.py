@@ -181,5 +181,5 @@ def _shorten(graph: ir.Graph, layers: Collection[str]) -> None:
 
 def _is_default(key: str, value: object) -> bool:
     """Whether ONNX takes the same where the attribute of a convolution is absent."""
-    ends = {"auto_pad": {"NOTSET"}, "group": {1}, "dilations": {1}, "strides": {1}, "pads": {0}, "output_padding": {0}}
-    return key in ends and set(value if isinstance(value, (tuple, list)) else (value,)) <= ends[key]
+    implied = {"auto_pad": "NOTSET", "group": 1, "dilations": 1, "strides": 1, "pads": 0, "output_padding": 0}
+    return key in implied and all(each == implied[key] for each in (value if isinstance(value, (tuple, list)) else (value,)))

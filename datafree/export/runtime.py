@@ -1,6 +1,5 @@
 """Real runtimes behind one small face: load a file, run it, say which kernel each layer got."""
 
-import json
 import re
 import tempfile
 import time
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, final
 import numpy as np
 
 from datafree.errors import ExportError, MissingExtraError
+from datafree.export.header import read_header
 from datafree.export.integers import Array
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class OnnxRuntime:
 
     def header(self) -> dict[str, object]:
         """What datafree wrote into the file's metadata; empty where another program made it."""
-        return dict(json.loads(self._session.get_modelmeta().custom_metadata_map.get("datafree", "{}")))
+        return read_header(self._session.get_modelmeta().custom_metadata_map.get("datafree", ""))
 
     def kernels(self, layers: Collection[str]) -> dict[str, Kernel]:
         """The kernels of these layers, read from the graph as ONNX Runtime has optimised it."""
