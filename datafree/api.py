@@ -22,6 +22,7 @@ from datafree.context import Ctx, Event
 from datafree.errors import MethodError, MissingExtraError, NetworkError, OutputError, TargetError, WeightsError
 from datafree.export.float_weights import weights_hash
 from datafree.export.weights import load_student, save_student
+from datafree.fit import resumable
 from datafree.graph.flow import read
 from datafree.graph.swap import frozen_copy
 from datafree.measure.fidelity import fidelity
@@ -202,6 +203,7 @@ def quantize(
     seed: int = 0,
     device: str | torch.device | None = None,
     on_event: Callable[[Event], None] | None = None,
+    folder: str | Path | None = None,
 ) -> Result:
     """Quantize ``model`` without data. The model is not changed; the same seed gives the same student.
 
@@ -213,6 +215,8 @@ def quantize(
         seed: of every random draw.
         device: where to work, the CPU unless told otherwise; the student stays there.
         on_event: called with every :class:`Event` of progress.
+        folder: for checkpoints of what is optimised: after a kill the same call goes on from the last one, to the same student. They are
+            removed once the student is made. None: no file is written.
 
     Raises:
         DatafreeError: see ``datafree.errors``; the message says what to do.
@@ -228,22 +232,24 @@ def quantize(
     notes: list[str] = []
     ctx = Ctx.create(seed, device, _noting(notes, on_event))
     teacher = frozen_copy(model, ctx.device)
-    hashed = weights_hash(model)
-    start = time.perf_counter()
-    student = chosen.run(teacher, task, target, ctx).eval()
-    if target.protocol == "deploy" and quantizers(student):
-        settle(student, read(teacher, task, replace(ctx, on_event=lambda event: None)))
-    seconds = time.perf_counter() - start
-    plan = plan_of(student)
-    _check_contract(teacher, student, task, target)
-    run: dict[str, object] = {
+    asked: dict[str, object] = {
         "versions": {"datafree": version("datafree"), "torch": torch.__version__, "python": platform.python_version()},
-        "weights_hash": hashed,
+        "weights_hash": weights_hash(model),
         "seed": seed,
         "device": str(ctx.device),
         "method": chosen.name,
         "fields": asdict(chosen),  # type: ignore[call-overload]
         "target": asdict(target),
+    }
+    start = time.perf_counter()
+    with resumable(ctx, None if folder is None else Path(folder), strict_json({**asked, "task": asdict(task)})) as ctx:
+        student = chosen.run(teacher, task, target, ctx).eval()
+    if target.protocol == "deploy" and quantizers(student):
+        settle(student, read(teacher, task, replace(ctx, on_event=lambda event: None)))
+    seconds = time.perf_counter() - start
+    plan = plan_of(student)
+    _check_contract(teacher, student, task, target)
+    run = asked | {
         "protocol": target.protocol,
         "data": "none",
         "seconds": seconds,

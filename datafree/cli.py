@@ -262,15 +262,17 @@ def _quantize(net: str, flags: QuantizeFlags, network: NetworkFlags, method: Met
     if flags.out is not None:
         check_free(flags.out)
     found = _network(net, network)
+    wanted = (flags.out or _fresh(_run_folder(found.name, method.name, target))).absolute()
     # Opened now, so that a wrong path is told before the work; nothing is measured until the work is done.
     data, data_name = (None, "") if flags.data is None else _data(flags.data, net, found.task)
     with show.progress(_stderr()) as listen:
         result = quantize(
-            found.model, found.task, method=method, target=target, seed=flags.seed, device=network.device, on_event=listen
+            found.model, found.task, method=method, target=target, seed=flags.seed, device=network.device, on_event=listen,
+            folder=wanted.with_name(f".{wanted.name}.resume"),
         )  # fmt: skip
         comparison = None if data is None else compare(found.model, result.student, found.task, data, listen)
     result = _measured(result, net, found.name, data_name, comparison)
-    folder = result.save(_fresh(_run_folder(found.name, method.name, target)) if flags.out is None else flags.out)
+    folder = result.save(flags.out or _fresh(_run_folder(found.name, method.name, target)))
     if flags.json:
         show.show_json(_stdout(), {**result.run, "folder": folder})
         return

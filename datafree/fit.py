@@ -3,14 +3,19 @@
 Where ``Ctx.folder`` is set, every :data:`CHECKPOINT_STEPS` steps and at the end a file there keeps all that the next step depends on:
 the parameters, the states of optimizer, schedule and random generator, and the losses so far. Its name holds a hash of the state in which
 the fit began, so that the fits of one run do not meet, and the same run, started again, finds each of them where it was.
+:func:`resumable` keeps different runs apart.
 """
 
 import hashlib
 import os
 import re
+import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -23,6 +28,25 @@ from datafree.errors import MethodError, OutputError
 CHECKPOINT_STEPS = 50
 
 Stop = Callable[[Sequence[float]], bool]
+
+
+@contextmanager
+def resumable(ctx: Ctx, folder: Path | None, asked: str) -> Iterator[Ctx]:
+    """``ctx`` with a place in ``folder`` for the checkpoints of one run, removed once the block ends well; no folder: ``ctx`` itself.
+
+    ``asked`` names all that the run depends on, and the place belongs to that alone: checkpoints of other runs are not taken, but told.
+    """
+    if folder is None:
+        yield ctx
+        return
+    place = folder / hashlib.sha256(asked.encode()).hexdigest()[:16]
+    others = [each for each in folder.glob("*/") if each != place and any(each.glob("*.pt"))]
+    if others:
+        ctx.note(f"{folder} holds checkpoints of {len(others)} other runs (another network, method, target or seed), which are not taken")
+    yield replace(ctx, folder=place)
+    shutil.rmtree(place, ignore_errors=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def fit(
@@ -51,11 +75,13 @@ def fit(
 
     Raises:
         MethodError: the loss is not finite.
-        OutputError: a checkpoint cannot be written.
+        OutputError: a checkpoint cannot be written, or is damaged.
     """
     place = None if ctx.folder is None else ctx.folder / _file_name(name, params, optimizer, ctx)
     losses = [] if place is None else _resume(place, params, optimizer, schedule, ctx)
     start, begun = time.monotonic(), len(losses)
+    if begun:
+        ctx.note(f"{name}: resumed at step {begun} of {steps}")
     while len(losses) < steps and not (stop is not None and stop(losses)):
         optimizer.zero_grad()
         with torch.enable_grad(), torch.autocast(ctx.device.type, torch.bfloat16, enabled=ctx.device.type == "cuda"):
@@ -111,7 +137,10 @@ def _resume(place: Path, params: Sequence[Tensor], optimizer: Optimizer, schedul
     """Put everything back as the checkpoint has it; returns the losses up to it, none where there is no checkpoint."""
     if not place.is_file():
         return []
-    state = torch.load(place, map_location=ctx.device, weights_only=True)
+    try:
+        state = torch.load(place, map_location=ctx.device, weights_only=True)
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise OutputError(f"the checkpoint {place} is damaged: remove it, and the run starts anew") from error
     for param, saved in zip(params, state["params"], strict=True):
         param.copy_(saved)
     optimizer.load_state_dict(state["optimizer"])

@@ -11,7 +11,7 @@ from torch import Tensor
 from datafree import fit as module_under_test
 from datafree.context import Ctx, Event
 from datafree.errors import MethodError, OutputError
-from datafree.fit import duration, fit, stalled
+from datafree.fit import duration, fit, resumable, stalled
 
 STEPS, EVERY = 12, 5
 
@@ -150,3 +150,37 @@ def test_gradients_flow_where_they_were_switched_off() -> None:
 @pytest.mark.parametrize(("seconds", "told"), ((0.4, "0 s"), (99, "99 s"), (100, "2 min"), (3000, "50 min"), (4800, "1 h 20 min")))
 def test_durations_read_well(seconds: float, told: str) -> None:
     assert duration(seconds) == told
+
+
+def test_runs_that_ask_for_different_things_do_not_meet(tmp_path: Path) -> None:
+    expected, _ = run(context())
+    notes: list[Event] = []
+    base = Ctx.create(0, on_event=lambda event: notes.append(event) if event.name == "note" else None)
+    with pytest.raises(Killed), resumable(context(), tmp_path, "one network") as ctx:
+        run(ctx, 7)
+    with resumable(base, tmp_path, "another network") as ctx:
+        assert torch.equal(run(ctx)[0], expected)
+    (told,) = notes
+    assert "checkpoints of 1 other runs" in told.message and "not taken" in told.message
+    notes.clear()
+    base.generator.manual_seed(0)
+    with resumable(base, tmp_path, "one network") as ctx:
+        assert torch.equal(run(ctx, STEPS - EVERY)[0], expected)
+    assert [each.message for each in notes] == ["pictures 1 of 2: resumed at step 5 of 12"]
+    assert not tmp_path.exists(), "checkpoints of a complete run are left"
+
+
+def test_a_folder_of_checkpoints_keeps_what_else_is_in_it(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("")
+    with resumable(context(), tmp_path, "a run") as ctx:
+        run(ctx)
+        assert ctx.folder is not None and ctx.folder.is_dir()
+    assert [each.name for each in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
+    run(context(tmp_path))
+    (place,) = tmp_path.iterdir()
+    place.write_bytes(place.read_bytes()[:500])
+    with pytest.raises(OutputError, match="is damaged: remove it, and the run starts anew"):
+        run(context(tmp_path))
