@@ -34,7 +34,8 @@ class ZeroQ(Method):
     every picture a layer of its own to care for; ``classes`` adds a cross-entropy to classes drawn evenly.
 
     Reconstructed: of the paper only the first page could be read. The pictures follow the published code, the rest a re-implementation;
-    DSG follows its published code, but for its slack, whose file is missing there and which is taken from Gaussian noise anew.
+    DSG follows its published code, but for its slack, whose file is missing there and which is taken from Gaussian noise anew. The third
+    term of DSG's journal version, which inhibits spatial correlation by eigenvalue spectra (TPAMI), is not included.
 
     Differs: statistics are taken where they enter a batch norm, not behind the convolution of the same number. Which activations
     are quantized is up to the target's protocol: ``paper`` is the one of the published code, which quantizes behind ReLU only, so that

@@ -16,11 +16,14 @@ from datafree.errors import NetworkError
 from datafree.graph.flow import Flow, read
 from datafree.graph.fold import Norm, fold_batch_norm, norm_vectors
 from datafree.graph.swap import frozen_copy
+from datafree.methods import dfmpc as module_under_test
 from datafree.methods.dfmpc import DFMPC
 from datafree.quant.grid import fake_quantize
 from datafree.quant.insert import codes_of, effective_weight, quantizers, weight_quantizer
 from datafree.quant.observe import observe_noise
 from datafree.quant.ranges import minmax, twn
+from datafree.synth.noise import Recipe, source_of
+from datafree.synth.source import Source
 from networks import build
 from tests.methods.low_layers import TASK, Change, Concat, Plain, Residual, Shared, conv, make_low, settled
 from tests.reference import dfmpc as reference
@@ -238,6 +241,28 @@ def test_activations_are_ranged_after_the_repair(method: DFMPC) -> None:
 
 
 # ---------------------------------------------------------------- channels that have little to say
+
+
+@pytest.mark.parametrize("family", ("leaves", "distilled"))
+def test_ranges_come_from_the_pictures_that_are_named(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def given(*args: object) -> Source:
+        asked.append(args[0])
+        return source_of("distilled", *args[1:], Recipe(steps=3)) if args[0] == "distilled" else source_of(*args)
+
+    monkeypatch.setattr(module_under_test, "source_of", given)
+    model, target = settled(Plain), Target(4, 4, protocol="paper")
+    on_noise, on_pictures = (student_of(model, DFMPC(ranges_on=each), target) for each in ("noise", family))
+    assert asked == [family]
+    for point, quantizer in quantizers(on_pictures).items():
+        assert not torch.equal(quantizer.scale, quantizers(on_noise)[point].scale)
+    for name, layer in on_noise.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            assert torch.equal(effective_weight(layer), effective_weight(on_pictures.get_submodule(name))), "pictures touched weights"
+    with monkeypatch.context() as patch:
+        patch.setattr(module_under_test, "source_of", lambda *args: pytest.fail("pictures were made, though no activation is quantized"))
+        student_of(model, DFMPC(ranges_on=family))
 
 
 def test_the_sign_of_gamma_is_no_matter() -> None:
