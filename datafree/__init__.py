@@ -7,6 +7,7 @@ from datafree.errors import DatafreeError
 from datafree.measure.accuracy import Accuracy, evaluate
 from datafree.method import Method, methods
 from datafree.plan import LayerPlan, Plan, QSpec, Target
+from datafree.planning import Frontier, search
 from datafree.task import Task
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Ctx",
     "DatafreeError",
     "Event",
+    "Frontier",
     "LayerPlan",
     "Method",
     "Plan",
@@ -26,5 +28,6 @@ __all__ = [
     "load",
     "methods",
     "quantize",
+    "search",
     "verify",
 ]

@@ -28,7 +28,7 @@ from datafree.graph.swap import frozen_copy
 from datafree.measure.fidelity import fidelity
 from datafree.method import Method, find_method
 from datafree.networks import check_network
-from datafree.plan import Plan, Target
+from datafree.plan import Plan, QSpec, Target
 from datafree.quant.insert import plan_of, quantizers
 from datafree.quant.settle import settle
 from datafree.task import Task
@@ -211,7 +211,7 @@ def quantize(
         model: a trained network that takes one tensor.
         task: the shape and range of its inputs.
         method: a name of ``datafree.methods()``, or a method with fields of your own choice.
-        target: bits, protocol and exceptions; ``Target()`` unless given.
+        target: bits, protocol and exceptions, or a whole plan; ``Target()`` unless given.
         seed: of every random draw.
         device: where to work, the CPU unless told otherwise; the student stays there.
         on_event: called with every :class:`Event` of progress.
@@ -243,12 +243,9 @@ def quantize(
     }
     start = time.perf_counter()
     with resumable(ctx, None if folder is None else Path(folder), strict_json({**asked, "task": asdict(task)})) as ctx:
-        student = chosen.run(teacher, task, target, ctx).eval()
-    if target.protocol == "deploy" and quantizers(student):
-        settle(student, read(teacher, task, replace(ctx, on_event=lambda event: None)))
+        student = student_of(chosen, teacher, task, target, ctx)
     seconds = time.perf_counter() - start
     plan = plan_of(student)
-    _check_contract(teacher, student, task, target)
     run = asked | {
         "protocol": target.protocol,
         "data": "none",
@@ -261,6 +258,18 @@ def quantize(
         "notes": notes,
     }
     return Result(student, plan, run, task)
+
+
+def student_of(method: Method, teacher: nn.Module, task: Task, target: Target, ctx: Ctx) -> nn.Module:
+    """What ``method`` makes of ``teacher``, a frozen copy of a checked network, held to what every method owes.
+
+    Raises DatafreeError as :func:`quantize` does.
+    """
+    student = method.run(teacher, task, target, ctx).eval()
+    if target.protocol == "deploy" and quantizers(student):
+        settle(student, read(teacher, task, replace(ctx, on_event=lambda event: None)))
+    _check_contract(teacher, student, task, target)
+    return student
 
 
 def load(folder: str | Path, model: nn.Module) -> nn.Module:
@@ -286,6 +295,8 @@ def _noting(notes: list[str], on_event: Callable[[Event], None] | None) -> Calla
 
 def _check_contract(teacher: nn.Module, student: nn.Module, task: Task, target: Target) -> None:
     """What every method owes: ranges set, finite answers of the old shape, the asked-for bits and size."""
+    if target.plan is not None and _specs(plan_of(student)) != _specs(target.plan):
+        raise MethodError("this method does not keep to a plan that is given: take another method, or give it widths")
     unset = [point for point, quantizer in quantizers(student).items() if not quantizer.ready]
     if unset:
         raise MethodError(f"the method left the ranges of {', '.join(unset[:5])} unset")
@@ -298,6 +309,10 @@ def _check_contract(teacher: nn.Module, student: nn.Module, task: Task, target: 
         raise NetworkError("the student answers noise with NaN or infinity: the network's statistics may be damaged; try method 'rtn'")
     if target.max_bytes is not None and (size := packed_bytes(student)) > target.max_bytes:
         raise TargetError(f"the student takes {size} bytes, more than max_bytes = {target.max_bytes}: choose fewer bits")
+
+
+def _specs(plan: Plan) -> dict[str, QSpec]:
+    return {**{name: layer.weight for name, layer in plan.layers.items()}, **plan.activations}
 
 
 def _inputs(task: Task) -> int:

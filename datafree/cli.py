@@ -3,14 +3,13 @@
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App, CycloptsError, Group, Parameter, Token
+from cyclopts import App, CycloptsError, Parameter
 from cyclopts.help import ColumnSpec, DefaultFormatter, DescriptionRenderer, HelpEntry
-from cyclopts.validators import Number
 from rich.console import Console, RenderableType
 from rich.console import Group as Stack
 from rich.padding import Padding
@@ -18,71 +17,36 @@ from rich.padding import Padding
 from datafree import show
 from datafree.api import Result, check_free, load, quantize
 from datafree.cli_export import bench_speed_command, export_command, verify_command
+from datafree.cli_flags import (
+    DEFAULT_METHOD,
+    NETWORK,
+    ActBits,
+    Ints,
+    Json,
+    Names,
+    Net,
+    NetworkFlags,
+    NetworkGroup,
+    Seed,
+    for_method,
+    open_network,
+)
+from datafree.cli_search import search_command
 from datafree.context import Ctx
-from datafree.errors import DataError, DatafreeError, MethodError, VerifyError
+from datafree.errors import DataError, DatafreeError, VerifyError
 from datafree.graph.flow import read
 from datafree.graph.swap import frozen_copy
 from datafree.measure.accuracy import Comparison, compare, evaluate
 from datafree.measure.data import Data, open_data
 from datafree.method import Method, find_method, methods, option
-from datafree.networks import EMBEDDED, FORMS, Network, check_network, load_network, task_with
-from datafree.plan import Protocol, Target
+from datafree.networks import EMBEDDED, check_network
+from datafree.plan import Plan, Protocol, Target
 from datafree.task import Task
 
-DEFAULT_METHOD = "anchor"
 DEMO_RUNS = (("anchor", (2, 6)), ("dfmpc", (2, 6)), ("anchor", (4,)), ("dfmpc", (4,)), ("rtn", (4,)))
 DIGITS = "digits"  # the network of the demo, and the name of the held-out digits as data
 STACKED_BELOW = 72  # columns, below which help stands under its flag, so that no flag is broken in two
-
-
-def _split(kind: type[int] | type[float] | type[str]) -> Parameter:
-    """A flag whose value is a list with commas."""
-
-    def convert(hint: object, tokens: Sequence[Token]) -> tuple[object, ...]:
-        parts = [part.strip() for part in tokens[0].value.split(",")]
-        if not all(parts):
-            raise ValueError(f"{tokens[0].value!r} has an empty part: separate values with single commas")
-        try:
-            return tuple(kind(part) for part in parts)
-        except ValueError as error:
-            raise ValueError(f"{tokens[0].value!r} is no list of {kind.__name__}s with commas") from error
-
-    def told(value: tuple[object, ...] | None) -> str | None:
-        return ",".join(map(str, value)) if value else None
-
-    return Parameter(converter=convert, n_tokens=1, allow_leading_hyphen=True, show_default=told, metavar=f"{kind.__name__.upper()},...")
-
-
-def _act_bits(hint: object, tokens: Sequence[Token]) -> int | None:
-    text = tokens[0].value
-    if text == "float":
-        return None
-    if not text.isdecimal():
-        raise ValueError(f"{text!r} is neither a number of bits nor float")
-    return int(text)
-
-
-Ints = Annotated[tuple[int, ...], _split(int)]
-Floats = Annotated[tuple[float, ...], _split(float)]
-Names = Annotated[tuple[str, ...], _split(str)]
-ActBits = Annotated[int | None, Parameter(converter=_act_bits, show_default=lambda value: value or "float", metavar="float|INT")]
-Net = Annotated[str, Parameter(help=f"The network: {FORMS}.")]
-Json = Annotated[bool, Parameter(help="print JSON instead of a table", negative=())]
-
 _TARGET = Target()
-
-
-@dataclass(frozen=True)
-class NetworkFlags:
-    """Where the weights are, and what to put in place of the network's own task."""
-
-    weights: Path | None = option(None, "a file of weights: .safetensors, .pt or .pth")
-    input_shape: Ints | None = option(None, "shape of one input, such as 3,32,32")
-    mean: Floats | None = option(None, "per channel, subtracted from pixels in [0, 1]")
-    std: Floats | None = option(None, "per channel, divides what is left")
-    classes: int | None = option(None, "how many classes there are")
-    resize: int | None = option(None, "short side of pictures before the centre is cropped")
-    device: str = option("cpu", "where to work: cpu, cuda, ...")
 
 
 @dataclass(frozen=True)
@@ -92,17 +56,19 @@ class QuantizeFlags:
     weight_bits: Ints = option(_TARGET.widths, "one width, or low,high for the pairing of DF-MPC")
     act_bits: ActBits = option(_TARGET.act_bits, "bits of the activations")
     protocol: Protocol = option(_TARGET.protocol, "what is quantized: see the README")
+    plan: Path | None = option(
+        None, "a file that 'search' wrote: the bits of all layers and activations, in place of --weight-bits and --act-bits"
+    )
     max_bytes: int | None = option(None, "what the packed weights may take")
     keep: Names = option((), "layers that stay in float")
     float_shortcuts: bool = option(False, "quantize activations only where layers take them in, not in residual sums")
-    seed: Annotated[int, Parameter(validator=Number(gte=0, lt=2**63))] = option(0, "of every random draw")
+    seed: Seed = option(0, "of every random draw")
     data: str | None = option(None, "labelled data, for measuring only, once all is done; the word digits: those held out")
     out: Path | None = option(None, "a new folder; runs/NET-METHOD-... unless given")
     json: Json = option(False, "print JSON instead of a table")
 
 
-_NETWORK, _QUANTIZE = NetworkFlags(), QuantizeFlags()
-_NetworkFlags = Annotated[NetworkFlags, Parameter(name="*", group=Group("Network", sort_key=2))]
+_QUANTIZE = QuantizeFlags()
 _QuantizeFlags = Annotated[QuantizeFlags, Parameter(name="*")]
 
 
@@ -150,6 +116,7 @@ def _app(argv: Sequence[str]) -> App:
     app.command(_methods, name="methods")
     app.command(_inspect, name="inspect")
     app.command(_quantize_command(_method_in(argv)), name="quantize")
+    app.command(search_command(_method_in(argv)), name="search")
     app.command(_evaluate, name="evaluate")
     app.command(export_command, name="export")
     app.command(verify_command, name="verify")
@@ -169,12 +136,7 @@ def _method_in(argv: Sequence[str]) -> type[Method]:
 
 
 def _quantize_command(chosen: type[Method]) -> Callable[..., None]:
-    """The command for one method: the dataclass is the type of the last parameter, so its fields become flags."""
     default = chosen()
-    taken = {each.name for flags in (QuantizeFlags, NetworkFlags) for each in fields(flags)} | {"method"}
-    for each in fields(chosen):  # type: ignore[arg-type]
-        if each.name in taken:
-            raise MethodError(f"{chosen.name}: the field {each.name} is called like a flag that every method has: rename it")
 
     def command(
         net: Net,
@@ -182,21 +144,12 @@ def _quantize_command(chosen: type[Method]) -> Callable[..., None]:
         *,
         method: str = DEFAULT_METHOD,
         flags: _QuantizeFlags = _QUANTIZE,
-        network: _NetworkFlags = _NETWORK,
+        network: NetworkGroup = NETWORK,
         own: Method = default,
     ) -> None:
         _quantize(net, flags, network, own)
 
-    others = ", ".join(methods())
-    command.__doc__ = (
-        f"Quantize a network and save what came of it.\n\nThe flags under 'Method' are those of {chosen.name}; "
-        f"'--method NAME --help' shows those of another method: {others}."
-    )
-    command.__annotations__ |= {
-        "method": Annotated[str, Parameter(help=f"how to quantize: {others}", metavar="NAME")],
-        "own": Annotated[chosen, Parameter(name="*", group=Group(f"Method {chosen.name}", sort_key=1))],
-    }
-    return command
+    return for_method(command, chosen, "Quantize a network and save what came of it.", QuantizeFlags)
 
 
 # ---------------------------------------------------------------- the commands
@@ -205,7 +158,7 @@ def _quantize_command(chosen: type[Method]) -> Callable[..., None]:
 def _demo(*, out: Annotated[Path | None, Parameter(help="a new folder; datafree-demo unless given")] = None) -> None:
     """Quantize the embedded network in several ways and measure each on held-out digits."""
     folder = _fresh(Path("datafree-demo")) if out is None else check_free(out)
-    network = _network(DIGITS, _NETWORK)
+    network = open_network(DIGITS, NETWORK)
     console = _stdout()
     found: list[tuple[Result, Comparison]] = []
     with show.progress(_stderr()) as listen:
@@ -242,9 +195,9 @@ def _methods(
         console.print("\n'datafree methods NAME' tells one in full.")
 
 
-def _inspect(net: Net, /, *, network: _NetworkFlags = _NETWORK, json: Json = False) -> None:
+def _inspect(net: Net, /, *, network: NetworkGroup = NETWORK, json: Json = False) -> None:
     """Show the layers of a network: what follows each, its role and size, and what cannot be quantized."""
-    found = _network(net, network)
+    found = open_network(net, network)
     check_network(found.model, found.task)
     ctx = Ctx.create(device=network.device)
     teacher = frozen_copy(found.model, ctx.device)
@@ -257,11 +210,12 @@ def _inspect(net: Net, /, *, network: _NetworkFlags = _NETWORK, json: Json = Fal
 
 def _quantize(net: str, flags: QuantizeFlags, network: NetworkFlags, method: Method) -> None:
     bits = flags.weight_bits[0] if len(flags.weight_bits) == 1 else flags.weight_bits
-    target = Target(bits, flags.act_bits, flags.max_bytes, flags.protocol, flags.keep, flags.float_shortcuts)
+    plan = None if flags.plan is None else Plan.read(flags.plan)
+    target = Target(bits, flags.act_bits, flags.max_bytes, flags.protocol, flags.keep, flags.float_shortcuts, plan)
     method.check()
     if flags.out is not None:
         check_free(flags.out)
-    found = _network(net, network)
+    found = open_network(net, network)
     wanted = (flags.out or _fresh(_run_folder(found.name, method.name, target))).absolute()
     # Opened now, so that a wrong path is told before the work; nothing is measured until the work is done.
     data, data_name = (None, "") if flags.data is None else _data(flags.data, net, found.task)
@@ -287,13 +241,13 @@ def _evaluate(
     *,
     data: Annotated[str | None, Parameter(help="labelled data; the held-out digits if NET is digits")] = None,
     student: Annotated[Path | None, Parameter(help="a folder that 'quantize' wrote, to be compared")] = None,
-    network: _NetworkFlags = _NETWORK,
+    network: NetworkGroup = NETWORK,
     json: Json = False,
 ) -> None:
     """Measure top-1 accuracy on labelled data, of a network and of a student saved before."""
     if data is None and net not in EMBEDDED:
         raise DataError("accuracy needs labelled data: give --data PATH")
-    found = _network(net, network)
+    found = open_network(net, network)
     check_network(found.model, found.task)
     labelled, name = _data(data or DIGITS, net, found.task)
     model = found.model.to(network.device)
@@ -323,13 +277,6 @@ def _stderr() -> Console:
     return Console(stderr=True)
 
 
-def _network(net: str, flags: NetworkFlags) -> Network:
-    """The network that ``net`` names, with the task that the flags make of its own."""
-    Ctx.create(device=flags.device)  # refuses one that is not there
-    found = load_network(net, flags.weights)
-    return replace(found, task=task_with(found.task, flags.input_shape, flags.mean, flags.std, flags.classes, flags.resize))
-
-
 def _data(data: str, net: str, task: Task) -> tuple[Data, str]:
     """Labelled data and its name for reports; ``digits`` are those that come with the network of that name."""
     if data == DIGITS and net in EMBEDDED:
@@ -347,7 +294,8 @@ def _measured(result: Result, net: str, network: str, data: str, comparison: Com
 
 def _run_folder(network: str, method: str, target: Target) -> Path:
     bits = "-".join(map(str, target.widths))
-    name = f"{network}-{method}-w{bits}-a{target.act_bits or 'float'}-{target.protocol}"
+    told = f"w{bits}-a{target.act_bits or 'float'}" if target.plan is None else "plan"
+    name = f"{network}-{method}-{told}-{target.protocol}"
     return Path("runs") / re.sub(r"[^\w.-]+", "-", name)
 
 

@@ -3,8 +3,10 @@
 A user states a :class:`Target`; a method turns it into a :class:`Plan`; the student carries the plan out.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Literal, get_args
 
 from datafree.errors import TargetError
@@ -74,9 +76,24 @@ class Plan:
     layers: Mapping[str, LayerPlan] = field(default_factory=dict)
     tensors: Mapping[str, QSpec] = field(default_factory=dict)
 
+    @property
+    def activations(self) -> dict[str, QSpec]:
+        """Every quantized activation by its point, those of ``tensors`` and the inputs of layers."""
+        return {**{f"{name}:input": layer.input for name, layer in self.layers.items() if layer.input is not None}, **self.tensors}
+
     def to_json(self) -> dict[str, object]:
         """A JSON-ready dictionary; :meth:`from_json` is its inverse."""
         return asdict(self)
+
+    @staticmethod
+    def read(path: str | Path) -> "Plan":
+        """The plan in a file, such as ``plan.json`` of a run. Raises TargetError where there is none, naming the file."""
+        try:
+            return Plan.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        except OSError as error:
+            raise TargetError(f"the plan {path} cannot be read: {error.strerror or error}") from error
+        except ValueError as error:
+            raise TargetError(f"the plan {path} is damaged: {error}") from error
 
     @staticmethod
     def from_json(data: Mapping[str, object]) -> "Plan":
@@ -117,6 +134,8 @@ class Target:
         keep: names of layers that stay in float.
         float_shortcuts: quantize activations only where a layer takes them in; residual sums add the float tensors. Less is
             lost than a runtime on integers would lose: it is there to compare with figures obtained that way.
+        plan: says the bits of every layer and activation, such as one that a search has found; layers that it leaves in float must
+            stand in ``keep``, and ``weight_bits`` and ``act_bits`` are left alone. A method whose grids are others refuses it.
     """
 
     weight_bits: int | tuple[int, ...] = (2, 6)
@@ -125,6 +144,7 @@ class Target:
     protocol: Protocol = "deploy"
     keep: tuple[str, ...] = ()
     float_shortcuts: bool = False
+    plan: Plan | None = None
 
     def __post_init__(self) -> None:
         for bits in self.widths:
@@ -138,6 +158,11 @@ class Target:
             raise TargetError(f"unknown protocol {self.protocol!r}: choose from {_listed(PROTOCOLS)}")
         if self.protocol == "dfmpc" and self.act_bits is not None:
             raise TargetError(f"protocol dfmpc quantizes weights only, but act_bits is {self.act_bits}: use deploy or paper")
+        if self.plan is not None:
+            if (self.weight_bits, self.act_bits) != (Target.weight_bits, Target.act_bits):
+                raise TargetError("a plan says the bits of every layer and activation: leave weight_bits and act_bits out beside it")
+            if self.protocol == "dfmpc" and self.plan.activations:
+                raise TargetError("protocol dfmpc quantizes weights only, but the plan quantizes activations: use deploy or paper")
         if self.max_bytes is not None and self.max_bytes <= 0:
             raise TargetError(f"max_bytes must be positive, not {self.max_bytes}")
 

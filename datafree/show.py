@@ -290,6 +290,9 @@ def _bits(result: Result) -> str:
     assert isinstance(target, dict)
     counts = Counter(layer.weight.bits for layer in result.plan.layers.values())
     layers = ", ".join(f"{count} of {bits} bits" for bits, count in sorted(counts.items()))
+    if target["plan"]:
+        activations = sorted({spec.bits for spec in result.plan.activations.values()})
+        return f"as the plan says (layers: {layers}), activations {'/'.join(map(str, activations)) or 'float'}"
     return f"weights {_widths(result)} (layers: {layers}), activations {target['act_bits'] or 'float'}"
 
 

@@ -21,10 +21,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(("networks", "zoo"), {*BASE, "graph", "quant", *BESIDE, "networks", "zoo"}),
     "api": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "__init__"},  # the package itself, for its version
     "show": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "api", "__init__"},
+    "planning": {*BASE, *CHAIN, *BESIDE, "networks", "api"},
+    "cli_flags": {*BASE, "networks"},
     "cli_export": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "api", "show", "__init__"},
-    "cli": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "api", "show", "cli_export", "__init__"},
+    "cli_search": {*BASE, *CHAIN, *BESIDE, "networks", "api", "show", "planning", "cli_flags"},
+    "cli": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "api", "show", "cli_flags", "cli_export", "cli_search", "__init__"},
     "__main__": {"cli"},
-    "__init__": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "api"},
+    "__init__": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "api", "planning"},
 }
 
 EXCEPTIONS = (("datafree/bits/cost.py", "export"),)  # it counts the bytes that packing takes

@@ -27,7 +27,10 @@ def make_plan(
     """The plan for ``target``; ``weight_spec`` says how a layer's weight is quantized to so many bits.
 
     ``widths`` are the bits of every layer that is not kept, where a search has chosen them; else :func:`weight_widths` gives them.
+    A plan in ``target`` is taken as it is. Raises TargetError where it does not fit the network, or has grids other than ``weight_spec``.
     """
+    if target.plan is not None:
+        return _given(flow, target, target.plan, weight_spec)
     given = weight_widths(flow, target) if widths is None else _searched(flow, target, widths)
     acts = activation_points(flow, model, target)
     if acts.unreached:
@@ -57,6 +60,28 @@ def weight_widths(flow: Flow, target: Target) -> dict[str, int]:
             at_edge = target.protocol == "deploy" and (layer.first or layer.last or layer.depthwise)
             widths[name] = EDGE_BITS if at_edge else low if given[name] == "low" else high
     return widths
+
+
+def _given(flow: Flow, target: Target, plan: Plan, weight_spec: Callable[[Layer, int], QSpec]) -> Plan:
+    """The plan of the target, checked: it must tell of exactly the layers that are not kept, in the grids of the method."""
+    _check_kept(flow, target)
+    for name in plan.layers:
+        if name not in flow.layers or name in target.keep:
+            reason = "keep wants in float" if name in target.keep else "this network does not have: it is the plan of another one"
+            raise TargetError(f"the plan gives bits to {name}, which {reason}")
+    if missing := [name for name in flow.layers if name not in target.keep and name not in plan.layers]:
+        listed = ", ".join(missing[:5])
+        raise TargetError(f"the plan is silent on {listed}: it is the plan of another network, or these layers must be named in keep")
+    for name, layer in plan.layers.items():
+        _check_grid(f"the weight of {name}", layer.weight, weight_spec(flow.layers[name], layer.weight.bits))
+    for point, spec in plan.activations.items():
+        _check_grid(point, spec, _activation(spec.bits))
+    return Plan({name: plan.layers[name] for name in flow.layers if name in plan.layers}, plan.tensors)
+
+
+def _check_grid(what: str, wanted: QSpec, made: QSpec) -> None:
+    if wanted != made:
+        raise TargetError(f"{what}: the plan says {wanted}, this method makes {made}: search the plan with this method and its fields")
 
 
 def _searched(flow: Flow, target: Target, widths: Mapping[str, int]) -> dict[str, int]:

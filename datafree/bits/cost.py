@@ -76,14 +76,9 @@ def _table(model: nn.Module, plan: Plan) -> dict[str, int]:
             if id(value) not in counted and not (spec is not None and key == "weight"):
                 counted.add(id(value))
                 table[name] += value.numel() * value.element_size()
-    for point, point_spec in _points(plan).items():
+    for point, point_spec in plan.activations.items():
         table[first_name[id(find_module(model, point.rpartition(":")[0]))]] += _point_bytes(model, point, point_spec)
     return {name: size for name, size in table.items() if size}
-
-
-def _points(plan: Plan) -> dict[str, QSpec]:
-    inputs = {f"{name}:input": layer.input for name, layer in plan.layers.items() if layer.input is not None}
-    return {**inputs, **plan.tensors}
 
 
 def _weight_bytes(name: str, layer: nn.Module, spec: QSpec) -> int:

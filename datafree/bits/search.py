@@ -19,7 +19,7 @@ FRAGILE_BITS = 4  # depthwise, first and last layers get no fewer, unless nothin
 
 def is_mixed(target: Target) -> bool:
     """Whether ``target`` leaves the width of each layer to a search: more than two widths and a budget."""
-    return target.max_bytes is not None and len(target.widths) > 2
+    return target.plan is None and target.max_bytes is not None and len(target.widths) > 2
 
 
 def allowed(flow: Flow, target: Target) -> dict[str, tuple[int, ...]]:
