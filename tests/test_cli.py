@@ -325,7 +325,7 @@ def test_bad_input(capsys: Output, place: Path, own: str, line: str, message: st
 
 def test_an_existing_folder_is_refused_before_any_work(capsys: Output, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (place / "file").write_text("")
-    monkeypatch.setattr(cli, "load_network", lambda *args: pytest.fail("worked before the folder was checked"))
+    monkeypatch.setattr(cli, "open_network", lambda *args: pytest.fail("worked before the folder was checked"))
     assert main(["quantize", "digits", "--out", "file"]) == 2
     assert main(["demo", "--out", "file"]) == 2
 
@@ -334,7 +334,7 @@ def test_interrupt(capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load_network", interrupt)
+    monkeypatch.setattr(cli, "open_network", interrupt)
     assert main(["inspect", "digits"]) == 130
 
 
@@ -342,7 +342,7 @@ def test_unexpected_errors_propagate(monkeypatch: pytest.MonkeyPatch) -> None:
     def stumble(*args: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(cli, "load_network", stumble)
+    monkeypatch.setattr(cli, "open_network", stumble)
     with pytest.raises(ZeroDivisionError):
         main(["inspect", "digits"])
 
