@@ -36,10 +36,11 @@ def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor, spec: QSpec) -> Tensor
     """
     fixed = x.detach()
     nearest = _nearest(fixed, scale, zero, spec)
+    if not (torch.is_grad_enabled() and x.requires_grad):  # in place: activations are large
+        shifted = nearest.clamp_(*spec.levels).sub_(broadcast(zero.float(), spec, x))
+        return shifted.mul_(broadcast(scale.float(), spec, x)).to(x.dtype)
     codes = nearest.clamp(*spec.levels)
     value = dequantize(codes, scale, zero, spec).to(x.dtype)
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return value
     # x - fixed is an exact 0 that carries the gradient, so the sum stays the value to the last bit
     return value + torch.where(nearest == codes, x - fixed, 0.0)
 
@@ -54,4 +55,4 @@ def _nearest(x: Tensor, scale: Tensor, zero: Tensor, spec: QSpec) -> Tensor:
     steps = x.float() / broadcast(scale.float(), spec, x)
     shift = broadcast(zero.float(), spec, x)
     # an integer zero point is added after rounding, as runtimes do; DoReFa's lies between two codes and must come before
-    return torch.round(steps + shift) if spec.grid == "dorefa" else torch.round(steps) + shift
+    return steps.add_(shift).round_() if spec.grid == "dorefa" else steps.round_().add_(shift)
