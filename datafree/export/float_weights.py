@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from datafree.errors import WeightsError
@@ -68,7 +68,7 @@ def _read(file: Path) -> dict[str, Tensor]:
         raise WeightsError(f"there is no file {file}: check the path")
     if file.suffix == ".safetensors":
         try:
-            return load_file(file)
+            return load(file.read_bytes())  # opened by Python, so that a record of the files read holds it
         except SafetensorError as error:
             raise WeightsError(f"{file} is no safetensors file, or damaged: {error}") from error
     if file.suffix not in (".pt", ".pth"):

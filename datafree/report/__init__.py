@@ -1,0 +1,1 @@
+"""What is told of a run: evidence that no data was read, the manifest, the page with its plots, runs side by side."""
