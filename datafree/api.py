@@ -15,22 +15,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import nn
+from safetensors.torch import save
+from torch import Tensor, nn
 
 from datafree.bits.cost import float_bytes, packed_bytes
 from datafree.context import Ctx, Event
 from datafree.errors import MethodError, MissingExtraError, NetworkError, OutputError, TargetError, WeightsError
+from datafree.export.files import write_whole
 from datafree.export.float_weights import weights_hash
 from datafree.export.weights import load_student, save_student
 from datafree.fit import resumable
 from datafree.graph.flow import read
 from datafree.graph.swap import frozen_copy
 from datafree.measure.fidelity import fidelity
+from datafree.measure.layers import LayerReport, layer_report
 from datafree.method import Method, find_method
 from datafree.networks import check_network
 from datafree.plan import Plan, QSpec, Target
 from datafree.quant.insert import plan_of, quantizers
 from datafree.quant.settle import settle
+from datafree.report.runs import LAYERS_FILE, PICTURES_FILE, PLAN_FILE, RUN_FILE, STUDENT_FILE
+from datafree.synth.prior import pictures
 from datafree.task import Task
 
 if TYPE_CHECKING:
@@ -38,11 +43,12 @@ if TYPE_CHECKING:
     from datafree.export.unpack import Packing
     from datafree.measure.verify import Verification
 
-__all__ = ["Result", "check_free", "export", "load", "made_by", "quantize", "strict_json", "verify"]
+__all__ = ["Result", "check_free", "export", "load", "made_by", "quantize", "strict_json", "verify", "with_layers"]
 
 Form = Literal["onnx", "openvino", "safetensors", "program"]
 
-STUDENT_FILE, PLAN_FILE, RUN_FILE = "student.safetensors", "plan.json", "run.json"
+_LEAK = "where they were fitted to the network, they may leak statistics of the data it was trained on: treat them like that data"
+_LAYER_PICTURES = 16
 
 
 @dataclass(frozen=True)
@@ -55,15 +61,21 @@ class Result:
         run: the provenance, for :func:`strict_json`: versions, hash of the weights, seed, method and its fields, target and protocol,
             seconds, peak memory of the process, packed bytes, fidelity on noise, notes.
         task: inputs and answer of the student.
+        layers: its noise layer by layer, where :func:`with_layers` has measured it.
+        pictures: the inputs that the method made, (n, *shape), where they were to be kept.
     """
 
     student: nn.Module
     plan: Plan
     run: dict[str, object]
     task: Task
+    layers: LayerReport | None = None
+    pictures: Tensor | None = None
 
     def save(self, folder: str | Path) -> Path:
         """Write student.safetensors, plan.json and run.json into a new ``folder``; nothing half-written stays.
+
+        With them go layers.json and pictures.safetensors, where there are layers and pictures.
 
         Raises OutputError where the folder exists already or cannot be written.
         """
@@ -74,8 +86,11 @@ class Result:
             made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
             made.chmod(0o755)
             save_student(self.student, made / STUDENT_FILE)
-            for name, value in ((PLAN_FILE, self.plan.to_json()), (RUN_FILE, self.run)):
+            layers = () if self.layers is None else ((LAYERS_FILE, asdict(self.layers)),)
+            for name, value in ((PLAN_FILE, self.plan.to_json()), (RUN_FILE, self.run), *layers):
                 (made / name).write_text(strict_json(value) + "\n", encoding="utf-8")
+            if self.pictures is not None:
+                write_whole(made / PICTURES_FILE, save({"pictures": self.pictures.cpu().contiguous()}))
             if target.exists():
                 target.rmdir()  # an empty folder is as good as none
             made.rename(target)
@@ -204,6 +219,7 @@ def quantize(
     device: str | torch.device | None = None,
     on_event: Callable[[Event], None] | None = None,
     folder: str | Path | None = None,
+    keep_pictures: bool = False,
 ) -> Result:
     """Quantize ``model`` without data. The model is not changed; the same seed gives the same student.
 
@@ -217,6 +233,7 @@ def quantize(
         on_event: called with every :class:`Event` of progress.
         folder: for checkpoints of what is optimised: after a kill the same call goes on from the last one, to the same student. They are
             removed once the student is made. None: no file is written.
+        keep_pictures: keep the inputs that the method makes; they may leak statistics of the data that the network was trained on.
 
     Raises:
         DatafreeError: see ``datafree.errors``; the message says what to do.
@@ -230,7 +247,8 @@ def quantize(
         raise NetworkError(f"the network must be a torch.nn.Module, not a {type(model).__name__}: see datafree.networks.load_network")
     check_network(model, task)
     notes: list[str] = []
-    ctx = Ctx.create(seed, device, _noting(notes, on_event))
+    kept: list[Tensor] = []
+    ctx = replace(Ctx.create(seed, device, _noting(notes, on_event)), on_pictures=kept.append if keep_pictures else None)
     teacher = frozen_copy(model, ctx.device)
     asked: dict[str, object] = {
         "versions": {"datafree": version("datafree"), "torch": torch.__version__, "python": platform.python_version()},
@@ -257,7 +275,22 @@ def quantize(
         "fidelity": asdict(fidelity(teacher, student, task, torch.Generator(ctx.device).manual_seed(seed), n=_inputs(task))),
         "notes": notes,
     }
-    return Result(student, plan, run, task)
+    if keep_pictures:
+        ctx.note(f"{sum(map(len, kept))} pictures are kept: {_LEAK}" if kept else f"{chosen.name} made no pictures that could be kept")
+    return Result(student, plan, run, task, pictures=torch.cat(kept) if kept else None)
+
+
+def with_layers(result: Result, model: nn.Module) -> Result:
+    """The result with the noise of every layer, which the report shows: student against ``model``, its float network.
+
+    Inputs are 16 procedural pictures, drawn with the seed of the run.
+    """
+    ctx = Ctx.create(int(str(result.run["seed"])), str(result.run["device"]))
+    teacher = frozen_copy(model, ctx.device)
+    inputs = pictures("mix", _LAYER_PICTURES, result.task, ctx.generator)
+    flow = read(teacher, result.task, ctx)
+    layers = layer_report(teacher, result.student, flow, result.task, inputs, f"{_LAYER_PICTURES} procedural pictures")
+    return replace(result, layers=layers)
 
 
 def student_of(method: Method, teacher: nn.Module, task: Task, target: Target, ctx: Ctx) -> nn.Module:

@@ -12,11 +12,13 @@ from rich.table import Table
 from torch import nn
 
 from datafree import show
-from datafree.api import RUN_FILE, Form, export, load, made_by, verify
+from datafree.api import Form, export, load, made_by, strict_json, verify
 from datafree.bits.cost import packed_bytes
 from datafree.errors import ExportError, VerifyError, WeightsError
+from datafree.export.files import write_whole
 from datafree.method import option
 from datafree.networks import load_network
+from datafree.report.runs import RUN_FILE, VERIFICATION_FILE
 from datafree.task import Task
 
 if TYPE_CHECKING:
@@ -67,7 +69,7 @@ def export_command(run: Run, /, *, flags: _ExportFlags = _EXPORT, check: _CheckF
         Console(highlight=False).print(f"wrote {file}, {file.stat().st_size} bytes", soft_wrap=True)
     else:
         own = flags.to == "onnx" and flags.packing == "openvino-onnx"
-        _check(file, student, task, replace(check, runtime="openvino") if own and check.runtime is None else check)
+        _check(file, run, student, task, replace(check, runtime="openvino") if own and check.runtime is None else check)
 
 
 def verify_command(
@@ -79,12 +81,16 @@ def verify_command(
 ) -> None:
     """Run an exported file in its runtime and compare it with the student of a run."""
     student, task, _ = open_run(against, check.net)
-    _check(file, student, task, check)
+    _check(file, against, student, task, check)
 
 
-def _check(file: Path, student: nn.Module, task: Task, flags: CheckFlags) -> None:
-    """Show what came of running a file. Raises VerifyError where it failed; fallbacks and slowness may be allowed."""
+def _check(file: Path, run: Path, student: nn.Module, task: Task, flags: CheckFlags) -> None:
+    """Show what came of running a file, and leave it in the run for its report.
+
+    Raises VerifyError where it failed; fallbacks and slowness may be allowed.
+    """
     found, size = verify(file, student, task, runtime=flags.runtime, threads=flags.threads), packed_bytes(student)
+    write_whole(run / VERIFICATION_FILE, (strict_json(found.to_json()) + "\n").encode())
     console = Console(highlight=False, markup=False, emoji=False)
     if flags.json:
         show.show_json(console, {**found.to_json(), "packed_bytes": size})

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from datafree.errors import TargetError
 
@@ -28,12 +29,14 @@ class Ctx:
         generator: the only source of randomness, on ``device``.
         on_event: called with each :class:`Event`.
         folder: a place for large intermediate files; None if there is none.
+        on_pictures: called with every batch of inputs that a method has made, (n, *shape), where they are to be kept; None: nobody asks.
     """
 
     device: torch.device
     generator: torch.Generator
     on_event: Callable[[Event], None] = field(default=lambda event: None)
     folder: Path | None = None
+    on_pictures: Callable[[Tensor], None] | None = None
 
     @staticmethod
     def create(seed: int = 0, device: str | torch.device | None = None, on_event: Callable[[Event], None] | None = None) -> "Ctx":

@@ -18,7 +18,7 @@ from datafree.errors import NetworkError
 from datafree.fit import Stop, fit
 from datafree.graph.swap import frozen_copy
 from datafree.synth.prior import Family, pictures
-from datafree.synth.source import NONE, Batch, Prior, Source, Terms
+from datafree.synth.source import NONE, Batch, Prior, Shown, Source, Terms
 from datafree.synth.terms import (
     Gap,
     Moments,
@@ -98,8 +98,14 @@ class Recipe:
 def source_of(family: Pictures, teacher: nn.Module, task: Task, ctx: Ctx, recipe: Recipe | None = None) -> Source:
     """The source of the pictures called ``family``: procedural ones, or ``distilled``, optimised for ``teacher`` as ``recipe`` says.
 
-    A network without batch norms has no statistics to optimise for: it gets procedural pictures, and a note says so.
+    A network without batch norms has no statistics to optimise for: it gets procedural pictures, and a note says so. Whoever keeps the
+    pictures (``ctx.on_pictures``) is shown them.
     """
+    source = _source_of(family, teacher, task, ctx, recipe)
+    return source if ctx.on_pictures is None else Shown(source, ctx.on_pictures)
+
+
+def _source_of(family: Pictures, teacher: nn.Module, task: Task, ctx: Ctx, recipe: Recipe | None) -> Source:
     if family != "distilled":
         return Prior(family, task, ctx.generator)
     if stored_moments(teacher):

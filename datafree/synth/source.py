@@ -1,6 +1,6 @@
 """Where inputs come from: whatever can give a batch, and train itself if it learns, is a source."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol, final
@@ -91,3 +91,22 @@ class Pool:
     def update(self, student: nn.Module) -> Terms:
         """Nothing to learn."""
         return NONE
+
+
+@final
+@dataclass(frozen=True)
+class Shown:
+    """Another source, every batch of which is shown to a listener."""
+
+    source: Source
+    listener: Callable[[Tensor], None]
+
+    def sample(self, n: int) -> Batch:
+        """What the other source gives."""
+        batch = self.source.sample(n)
+        self.listener(batch.inputs)
+        return batch
+
+    def update(self, student: nn.Module) -> Terms:
+        """What the other source has to learn."""
+        return self.source.update(student)

@@ -6,7 +6,7 @@ from torch import nn
 
 from datafree.errors import NetworkError
 from datafree.synth.prior import pictures
-from datafree.synth.source import Batch, Gaussian, Pool, Prior, Source
+from datafree.synth.source import Batch, Gaussian, Pool, Prior, Shown, Source
 from datafree.task import Task
 
 TASK = Task(shape=(3, 8, 8))
@@ -37,4 +37,12 @@ def test_a_pool_gives_parts_of_itself() -> None:
 
 @pytest.mark.parametrize("source", (Gaussian(TASK, seeded()), Prior("mix", TASK, seeded()), Pool(Batch(torch.ones(2, 1)), seeded())))
 def test_fixed_sources_have_nothing_to_learn(source: Source) -> None:
+    assert dict(source.update(nn.Identity())) == {}
+
+
+def test_a_listener_is_shown_every_batch() -> None:
+    seen: list[torch.Tensor] = []
+    source = Shown(Prior("pink", TASK, seeded()), seen.append)
+    batches = [source.sample(2), source.sample(3)]
+    assert [batch.inputs is shown for batch, shown in zip(batches, seen, strict=True)] == [True, True]
     assert dict(source.update(nn.Identity())) == {}

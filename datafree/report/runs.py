@@ -1,0 +1,99 @@
+"""The folder of a run, and what stands in it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from datafree.errors import WeightsError
+
+STUDENT_FILE, PLAN_FILE, RUN_FILE = "student.safetensors", "plan.json", "run.json"
+LAYERS_FILE, PICTURES_FILE = "layers.json", "pictures.safetensors"
+FRONTIER_FILE, VERIFICATION_FILE = "frontier.json", "verification.json"
+
+Table = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its files tell it; what was not written is None.
+
+    Args:
+        folder: where they are.
+        record: run.json.
+        plan: plan.json.
+        layers: layers.json, the noise layer by layer.
+        verification: verification.json, what an exported file did in its runtime.
+        frontier: frontier.json, points with ``bytes``, ``loss`` and ``bits`` by layer.
+    """
+
+    folder: Path
+    record: Table
+    plan: Table
+    layers: Table | None
+    verification: Table | None
+    frontier: tuple[Table, ...] | None
+
+    @property
+    def student_hash(self) -> str:
+        """SHA-256 of the file of packed weights, in hexadecimal."""
+        return hashlib.sha256((self.folder / STUDENT_FILE).read_bytes()).hexdigest()
+
+    @property
+    def pictures(self) -> Path | None:
+        """The file of the pictures that were kept."""
+        file = self.folder / PICTURES_FILE
+        return file if file.is_file() else None
+
+
+def open_folder(folder: str | Path) -> Run:
+    """Read the folder of a run. Raises WeightsError where it is none, or one of its files is damaged."""
+    place = Path(folder)
+    for name in (RUN_FILE, PLAN_FILE, STUDENT_FILE):
+        if not (place / name).is_file():
+            raise WeightsError(f"{place} holds no {name}: expected a folder that 'datafree quantize' wrote")
+    record, plan, layers, verification = (_table(place / name) for name in (RUN_FILE, PLAN_FILE, LAYERS_FILE, VERIFICATION_FILE))
+    assert record is not None and plan is not None
+    if missing := [key for key in ("method", "target", "weights_hash", "float_bytes", "packed_bytes", "fidelity") if key not in record]:
+        raise WeightsError(f"{place / RUN_FILE} says nothing of {missing[0]}: it is damaged or of another version; quantize again")
+    return Run(place, record, plan, layers, verification, _points(place / FRONTIER_FILE))
+
+
+def table(value: object) -> Table:
+    """``value`` of a file, which must be an object. Raises WeightsError."""
+    if not isinstance(value, Mapping):
+        raise WeightsError(f"a file of the run is damaged: expected an object, found {value!r}; quantize again")
+    return value
+
+
+def number(value: object) -> float:
+    """``value`` of a file, which must be a number. Raises WeightsError."""
+    if not isinstance(value, int | float):
+        raise WeightsError(f"a file of the run is damaged: expected a number, found {value!r}; quantize again")
+    return value
+
+
+def _table(file: Path) -> Table | None:
+    value = _read(file)
+    if value is not None and not isinstance(value, Mapping):
+        raise WeightsError(f"{file} is damaged: it holds a {type(value).__name__}, expected an object; quantize again")
+    return value
+
+
+def _points(file: Path) -> tuple[Table, ...] | None:
+    value = _read(file)
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(each, Mapping) and {"bytes", "loss", "bits"} <= each.keys() for each in value):
+        raise WeightsError(f"{file} is no frontier: expected a list of objects with bytes, loss and bits; search again")
+    return tuple(value) or None
+
+
+def _read(file: Path) -> object:
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{file} is damaged: {error}; quantize again") from error
