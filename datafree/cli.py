@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,7 @@ from rich.console import Group as Stack
 from rich.padding import Padding
 
 from datafree import show
-from datafree.api import Result, check_free, load, quantize
+from datafree.api import Result, check_free, load, quantize, with_layers
 from datafree.cli_export import bench_speed_command, export_command, verify_command
 from datafree.cli_flags import (
     DEFAULT_METHOD,
@@ -31,16 +32,18 @@ from datafree.cli_flags import (
     for_method,
     open_network,
 )
+from datafree.cli_report import compare_command, manifest_command, report_command
 from datafree.cli_search import search_command
 from datafree.context import Ctx
 from datafree.errors import DataError, DatafreeError, VerifyError
 from datafree.graph.flow import read
 from datafree.graph.swap import frozen_copy
 from datafree.measure.accuracy import Comparison, compare, evaluate
-from datafree.measure.data import Data, open_data
+from datafree.measure.data import Data, find_data, open_data
 from datafree.method import Method, find_method, methods, option
 from datafree.networks import EMBEDDED, check_network
 from datafree.plan import Plan, Protocol, Target
+from datafree.report.evidence import recorder
 from datafree.task import Task
 
 DEMO_RUNS = (("anchor", (2, 6)), ("dfmpc", (2, 6)), ("anchor", (4,)), ("dfmpc", (4,)), ("rtn", (4,)))
@@ -65,6 +68,9 @@ class QuantizeFlags:
     seed: Seed = option(0, "of every random draw")
     data: str | None = option(None, "labelled data, for measuring only, once all is done; the word digits: those held out")
     out: Path | None = option(None, "a new folder; runs/NET-METHOD-... unless given")
+    keep_pictures: Annotated[bool, Parameter(negative=())] = option(
+        False, "keep the inputs that the method makes; they may leak statistics of the training data"
+    )
     json: Json = option(False, "print JSON instead of a table")
 
 
@@ -118,6 +124,9 @@ def _app(argv: Sequence[str]) -> App:
     app.command(_quantize_command(_method_in(argv)), name="quantize")
     app.command(search_command(_method_in(argv)), name="search")
     app.command(_evaluate, name="evaluate")
+    app.command(report_command, name="report")
+    app.command(compare_command, name="compare")
+    app.command(manifest_command, name="manifest")
     app.command(export_command, name="export")
     app.command(verify_command, name="verify")
     app.command(bench_speed_command, name="bench-speed")
@@ -215,18 +224,33 @@ def _quantize(net: str, flags: QuantizeFlags, network: NetworkFlags, method: Met
     method.check()
     if flags.out is not None:
         check_free(flags.out)
-    found = open_network(net, network)
+    started, heard = datetime.now(UTC).isoformat(timespec="seconds"), recorder()
+    with heard.listen() as loading:
+        found = open_network(net, network)
     wanted = (flags.out or _fresh(_run_folder(found.name, method.name, target))).absolute()
-    # Opened now, so that a wrong path is told before the work; nothing is measured until the work is done.
-    data, data_name = (None, "") if flags.data is None else _data(flags.data, net, found.task)
+    if flags.data is not None and not _held_out(flags.data, net):
+        find_data(flags.data, found.task)  # a wrong path is told before the work; nothing is opened until the work is done
     with show.progress(_stderr()) as listen:
-        result = quantize(
-            found.model, found.task, method=method, target=target, seed=flags.seed, device=network.device, on_event=listen,
-            folder=wanted.with_name(f".{wanted.name}.resume"),
-        )  # fmt: skip
-        comparison = None if data is None else compare(found.model, result.student, found.task, data, listen)
+        with heard.listen() as quantizing:
+            result = quantize(
+                found.model, found.task, method=method, target=target, seed=flags.seed, device=network.device, on_event=listen,
+                folder=wanted.with_name(f".{wanted.name}.resume"), keep_pictures=flags.keep_pictures,
+            )  # fmt: skip
+        result = with_layers(result, found.model)
+        comparison, data_name, refused = None, "", None
+        with heard.listen() as measuring:
+            try:
+                if flags.data is not None:
+                    data, data_name = _data(flags.data, net, found.task)
+                    comparison = compare(found.model, result.student, found.task, data, listen)
+            except DataError as error:
+                refused = error
+    evidence = {"loading": asdict(loading), "quantizing": asdict(quantizing), "measuring": asdict(measuring)}
     result = _measured(result, net, found.name, data_name, comparison)
-    folder = result.save(flags.out or _fresh(_run_folder(found.name, method.name, target)))
+    result = replace(result, run={**result.run, "started": started, "evidence": evidence})
+    folder = result.save(_fresh(_run_folder(found.name, method.name, target)) if flags.out is None else flags.out)
+    if refused is not None:
+        raise DataError(f"{refused}; the student is in {folder} all the same: measure it with 'datafree evaluate'") from refused
     if flags.json:
         show.show_json(_stdout(), {**result.run, "folder": folder})
         return
@@ -278,12 +302,17 @@ def _stderr() -> Console:
 
 
 def _data(data: str, net: str, task: Task) -> tuple[Data, str]:
-    """Labelled data and its name for reports; ``digits`` are those that come with the network of that name."""
-    if data == DIGITS and net in EMBEDDED:
+    """Labelled data and its name for reports."""
+    if _held_out(data, net):
         from datafree.zoo.digits import held_out
 
         return held_out(), "held-out digits"
     return open_data(data, task), Path(data).name
+
+
+def _held_out(data: str, net: str) -> bool:
+    """Whether ``digits`` means those that come with the network of that name."""
+    return data == DIGITS and net in EMBEDDED
 
 
 def _measured(result: Result, net: str, network: str, data: str, comparison: Comparison | None) -> Result:

@@ -22,6 +22,7 @@ from datafree.measure.accuracy import Accuracy, Comparison
 from datafree.method import Method
 
 NOTE_LENGTH = 300  # a note may name every layer of the network: run.json holds it in full
+_COLUMN = 30  # characters that a run needs beside others
 
 Rows = Iterable[tuple[str, str]]
 
@@ -207,6 +208,19 @@ def show_demo(console: Console, runs: Sequence[tuple[Result, Comparison]]) -> No
             table.add_row(f"{run['method']}{between}{_widths(result)} bits", accuracy, size, f"{number(run, 'seconds'):.2f}")
     console.print(_fitting(console, wide, narrow))
     console.print("\n-: right in full precision only; +: right when quantized only.")
+
+
+def show_side_by_side(console: Console, runs: Mapping[str, Sequence[tuple[str, str]]]) -> None:
+    """A column for each run, whose rows have the same labels; stacked on a narrow terminal."""
+    table = _table("", *runs)
+    for row in zip(*runs.values(), strict=True):
+        table.add_row(row[0][0], *(text for _, text in row))
+    if console.width >= _COLUMN * (1 + len(runs)):
+        console.print(table)
+        return
+    for place, (name, rows) in enumerate(runs.items()):
+        console.print(f"{'' if place == 0 else chr(10)}{name}", style="bold")
+        show_rows(console, rows)
 
 
 def number(run: Mapping[str, object], key: str) -> int | float:

@@ -25,7 +25,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli_flags": {*BASE, "networks"},
     "cli_export": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "api", "show", "__init__"},
     "cli_search": {*BASE, *CHAIN, *BESIDE, "networks", "api", "show", "planning", "cli_flags"},
-    "cli": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "api", "show", "cli_flags", "cli_export", "cli_search", "__init__"},
+    "cli_report": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "api", "show", "cli_export", "__init__"},
+    "cli": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "api", "show", "cli_flags", "cli_export", "cli_report", "cli_search", "__init__"},
     "__main__": {"cli"},
     "__init__": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "api", "planning"},
 }

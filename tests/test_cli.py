@@ -67,7 +67,7 @@ def test_quantize_digits(capsys: Output, place: Path) -> None:
     text = told(capsys, "quantize", "digits", "--protocol", "dfmpc", "--data", "digits", "--out", "runs/a")
     for part in ("digits", "anchor", "2/6", "activations float", "bytes packed", "fidelity on noise", "only original", "runs/a"):
         assert part in text
-    assert sorted(file.name for file in (place / "runs/a").iterdir()) == ["plan.json", "run.json", "student.safetensors"]
+    assert sorted(file.name for file in (place / "runs/a").iterdir()) == ["layers.json", "plan.json", "run.json", "student.safetensors"]
     run = json.loads((place / "runs/a/run.json").read_text())
     assert run["network"] == "digits" and run["protocol"] == "dfmpc"
     accuracy = run["accuracy"]

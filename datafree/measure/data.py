@@ -81,16 +81,20 @@ def open_data(path: str | Path, task: Task) -> Labelled:
     Raises:
         DataError: whatever is missing, unreadable or does not fit the task.
     """
-    path = Path(path).expanduser()
+    found = find_data(path, task)
+    return _arrays(found, task) if found.suffix.lower() == ".npz" else _pictures(found, task)
+
+
+def find_data(path: str | Path, task: Task) -> Path:
+    """Where labelled data is, without opening it. Raises DataError where there is none of a known kind, or the task takes no pictures."""
+    found = Path(path).expanduser()
     if len(task.shape) != 3:
         raise DataError(f"pictures have a shape (channels, height, width), but the task's is {task.shape}: give tensors instead")
-    if not path.exists():
-        raise DataError(f"{path} does not exist: expected {KINDS}")
-    if path.suffix.lower() == ".npz":
-        return _arrays(path, task)
-    if path.is_dir() or path.suffix.lower() == ".zip":
-        return _pictures(path, task)
-    raise DataError(f"{path} is no known kind of labelled data: expected {KINDS}")
+    if not found.exists():
+        raise DataError(f"{found} does not exist: expected {KINDS}")
+    if found.suffix.lower() not in (".npz", ".zip") and not found.is_dir():
+        raise DataError(f"{found} is no known kind of labelled data: expected {KINDS}")
+    return found
 
 
 def inputs_per_batch(shape: Sequence[int]) -> int:

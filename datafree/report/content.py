@@ -1,0 +1,122 @@
+"""What the page and its JSON twin say of a run; ``report.schema.json`` describes it."""
+
+from collections.abc import Mapping, Sequence
+
+from datafree.report.manifest import manifest
+from datafree.report.runs import Run, Table, number, table
+
+VERSION = 1
+
+
+def content(run: Run) -> dict[str, object]:
+    """All that is told of a run, ready for JSON; what was not measured is None."""
+    return {
+        "version": VERSION,
+        "verdict": verdict(run),
+        "layers": run.layers,
+        "frontier": run.frontier,
+        "chosen": _chosen(run),
+        "notes": run.record.get("notes", []),
+        "manifest": manifest(run),
+    }
+
+
+def verdict(run: Run) -> dict[str, object]:
+    """The figures that decide: bits, size, what was lost, speed.
+
+    ``estimated_loss`` is None, unknown: accuracy that was lost is told only where labelled data was given to measure it.
+    """
+    record, target = run.record, table(run.record["target"])
+    full, packed = number(record["float_bytes"]), number(record["packed_bytes"])
+    return {
+        "network": record.get("network"),
+        "method": record["method"],
+        "protocol": record.get("protocol"),
+        "weight_bits": target["weight_bits"],
+        "act_bits": target["act_bits"],
+        "layers_by_bits": _layers_by_bits(run.plan),
+        "float_bytes": full,
+        "packed_bytes": packed,
+        "times_smaller": full / packed,
+        "accuracy": record.get("accuracy"),
+        "estimated_loss": None,
+        "fidelity": record["fidelity"],
+        "runtime": None if run.verification is None else _runtime(run.verification),
+        "seconds": record.get("seconds"),
+    }
+
+
+def _runtime(found: Table) -> dict[str, object]:
+    kernels = table(found["kernels"]).values()
+    return {
+        "runtime": found["runtime"],
+        "file": found["file"],
+        "file_bytes": found["file_bytes"],
+        "latency_ms": table(found["latency"])["median"],
+        "float_latency_ms": table(found["float_latency"])["median"],
+        "times_as_fast": found["speedup"],
+        "layers": found["layers"],
+        "integer_layers": sum(bool(table(kernel)["integer"]) for kernel in kernels),
+    }
+
+
+def widths(plan: Table) -> dict[str, int]:
+    """Bits of the weights of each layer in plan.json."""
+    return {name: int(number(table(table(layer)["weight"])["bits"])) for name, layer in table(plan["layers"]).items()}
+
+
+def by_bits(bits: Mapping[str, object]) -> str:
+    """A plan in words: the layers of each width."""
+    groups: dict[int, list[str]] = {}
+    for name, width in bits.items():
+        groups.setdefault(int(number(width)), []).append(name)
+    return "\n".join(f"{width} bits: {', '.join(names)}" for width, names in sorted(groups.items()))
+
+
+def _layers_by_bits(plan: Table) -> dict[str, int]:
+    found = list(widths(plan).values())
+    return {str(width): found.count(width) for width in sorted(set(found))}
+
+
+def _chosen(run: Run) -> int | None:
+    """Which point of the frontier the run follows: the one with its very bits."""
+    own = widths(run.plan)
+    points: Sequence[Table] = run.frontier or ()
+    return next((place for place, point in enumerate(points) if {**own, **table(point["bits"])} == own), None)
+
+
+def verdict_rows(told: Table) -> list[tuple[str, str]]:
+    """The verdict as labels and short texts, the same labels for every run."""
+    bits, fidelity, runtime = told["weight_bits"], table(told["fidelity"]), told["runtime"]
+    asked = "/".join(map(str, bits)) if isinstance(bits, Sequence) else str(bits)
+    counts = ", ".join(f"{count} of {width}" for width, count in table(told["layers_by_bits"]).items())
+    rows = [
+        ("method", f"{told['method']}, protocol {told['protocol']}"),
+        ("bits", f"weights {asked} (layers: {counts}), activations {told['act_bits'] or 'float'}"),
+        ("size", f"{number(told['packed_bytes']) / 1000:.1f} kB, {number(told['times_smaller']):.1f}x smaller than in float"),
+        ("accuracy", _accuracy(told["accuracy"])),
+        ("estimated loss", "unknown"),
+        ("on noise", _fidelity(fidelity)),
+    ]
+    if runtime is None:
+        return [*rows, ("latency", "not exported"), ("integer kernels", "not exported")]
+    ran = table(runtime)
+    latency = f"{number(ran['latency_ms']):.2f} ms, {number(ran['times_as_fast']):.2f} times as fast as in float"
+    return [*rows, ("latency", latency), ("integer kernels", f"{ran['integer_layers']} of {ran['layers']} layers, {ran['runtime']}")]
+
+
+def _accuracy(measured: object) -> str:
+    if measured is None:
+        return "not measured"
+    found = table(measured)
+    full, low, drop, width = (
+        number(found[key]) for key in ("top1_full_precision", "top1_quantized", "drop", "drop_half_width_95")
+    )  # fmt: skip
+    return f"{low:.2f} % instead of {full:.2f} %: {drop:.2f} points lost, +- {width:.2f} (95 %), on {found['data']}"
+
+
+def _fidelity(found: Table) -> str:
+    told = [] if found["agreement"] is None else [f"same class {number(found['agreement']):.1f} %"]
+    told += [] if found["kl"] is None else [f"KL {number(found['kl']):.3g} nats"]
+    told += ["same answers" if found["sqnr"] is None else f"SQNR {number(found['sqnr']):.1f} dB"]
+    return ", ".join(told)
