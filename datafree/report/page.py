@@ -38,7 +38,7 @@ def page(told: Table, pictures: Path | None = None) -> str:
         "report.html.jinja",
         {
             "verdict": table(told["verdict"]),
-            "rows": verdict_rows(table(told["verdict"])),
+            "silent": _silent(table(told["manifest"])["evidence"]),
             "notes": told["notes"],
             "layers": layers,
             "inputs": "" if found is None else found["inputs"],
@@ -73,6 +73,11 @@ def contact_sheet(pictures: Tensor) -> Image.Image:
     rows = [torch.cat([*row], 2) for row in torch.split(some, COLUMNS)]
     full = [F.pad(row, (0, rows[0].shape[2] - row.shape[2]), value=0.5) for row in rows]
     return Image.fromarray((255 * torch.cat(full, 1)).permute(1, 2, 0).byte().numpy())
+
+
+def _silent(evidence: object) -> bool | None:
+    """Whether nothing was read, connected or started while the network was quantized; None where nothing recorded it."""
+    return None if evidence is None else not any(table(table(evidence)["quantizing"]).values())
 
 
 def _measured(runs: Mapping[str, Table]) -> tuple[list[tuple[str, float, float]], str]:

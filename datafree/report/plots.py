@@ -8,13 +8,14 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import final
 
 import matplotlib
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from datafree.report.content import by_bits
 from datafree.report.runs import Table, number, table
@@ -39,25 +40,28 @@ class Plot:
     def __init__(self, title: str, x: str, y: str, height: float = 2.6) -> None:
         with matplotlib.rc_context(dict(_STYLE)):
             self.figure = Figure((WIDTH, height))
-            self.figure.subplots_adjust(0.15, 0.5 / height, 0.98, 1 - 0.3 / height)  # a layout engine draws all twice
+            self.figure.subplots_adjust(0.15, 0.5 / height, 0.98, 1 - 0.1 / height)  # a layout engine draws all twice
             self.axes: Axes = self.figure.subplots()
             self.axes.set_xlabel(x)
             self.axes.set_ylabel(y)
         self.title = title
-        self.tips: list[str] = []
+        self.tips: list[Sequence[str]] = []
 
-    def tip(self, mark: Artist, text: str) -> None:
-        """Give a mark its tooltip."""
+    def tip(self, mark: Artist, *texts: str) -> None:
+        """Give an artist its tooltip, or one to each of the points that it draws."""
         mark.set_gid(f"tip-{len(self.tips)}")
-        self.tips.append(text)
+        self.tips.append(texts)
 
-    def mark(self, x: float, y: float, text: str, color: str, size: float = 5, shape: str = "o") -> None:
-        """A mark with its tooltip."""
-        self.tip(self.axes.plot([x], [y], shape, color=color, markersize=size)[0], text)
+    def marks(self, points: Sequence[tuple[float, float, str]], color: str, size: float = 25, shape: str = "o") -> None:
+        """Points, each (x, y, tooltip): one artist for all, as many would take seconds."""
+        across, up, texts = zip(*points, strict=True)
+        self.tip(self.axes.scatter(across, up, size, color, marker=shape, linewidths=0, zorder=3), *texts)
 
     def log(self) -> None:
-        """Make the vertical axis logarithmic, with plain numbers at powers of ten: typeset ones take most of the time."""
+        """Make the vertical axis, once all is drawn, logarithmic with plain numbers: typeset ones would take most of the time."""
         self.axes.set_yscale("log")
+        low, high = self.axes.get_ylim()
+        self.axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 50 * low else (1,)))
         self.axes.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
         self.axes.yaxis.set_minor_formatter(NullFormatter())
 
@@ -74,11 +78,22 @@ class Plot:
             r'<svg[^>]*viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{escape(self.title)}">', text, count=1
         )
         text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-        text = re.sub(r'<g id="tip-(\d+)">', lambda found: f'<g class="tip"><title>{escape(self.tips[int(found[1])])}</title>', text)
+        for place, texts in enumerate(self.tips):
+            text = _tipped(text, f'<g id="tip-{place}">', texts)
         text = re.sub(r'<g id="[^"]*">', "<g>", text)
         for color, variable in VARIABLES:
             text = text.replace(color, variable)
         return text
+
+
+def _tipped(text: str, start: str, tips: Sequence[str]) -> str:
+    """Titles, which browsers show as tooltips: for the group that begins with ``start``, or for each of the points in it."""
+    before, _, after = text.partition(start)
+    titles = [f'<g class="tip"><title>{escape(tip)}</title>' for tip in tips]
+    if len(titles) == 1:
+        return before + titles[0] + after
+    each = iter(titles)
+    return before + "<g>" + re.sub(r"<use [^>]*/>", lambda use: f"{next(each)}{use[0]}</g>", after, count=len(titles))
 
 
 def frontier_plot(points: Sequence[Table], chosen: int | None) -> str:
@@ -87,14 +102,16 @@ def frontier_plot(points: Sequence[Table], chosen: int | None) -> str:
     step = math.ceil(len(points) / POINTS)
     sizes, losses = [number(point["bytes"]) / 1000 for point in points], [number(point["loss"]) for point in points]
     plot.axes.step(sizes, losses, where="post", color=LINE, linewidth=1)
+    texts = [
+        f"{size:.1f} kB, expected loss {loss:.3g}\n{by_bits(table(point['bits']))}"
+        for size, loss, point in zip(sizes, losses, points, strict=True)
+    ]
+    drawn = [place for place in range(len(points)) if place % step == 0 or place == len(points) - 1]
+    plot.marks([(sizes[place], losses[place], texts[place]) for place in drawn], ACCENT)
+    if chosen is not None:
+        plot.marks([(sizes[chosen], losses[chosen], f"this run: {texts[chosen]}")], SECOND, 100, "D")
     if min(losses) > 0:
         plot.log()
-    for place, point in enumerate(points):
-        text = f"{sizes[place]:.1f} kB, expected loss {losses[place]:.3g}\n{by_bits(table(point['bits']))}"
-        if place == chosen:
-            plot.mark(sizes[place], losses[place], f"this run: {text}", SECOND, 11, "D")
-        elif place % step == 0 or place == len(points) - 1:
-            plot.mark(sizes[place], losses[place], text, ACCENT)
     return plot.svg()
 
 
@@ -111,12 +128,17 @@ def bits_plot(layers: Sequence[Table]) -> str:
 def noise_plot(layers: Sequence[Table]) -> str:
     """The error of each layer's output, after rounding alone and as the method left it."""
     plot = Plot("Noise per layer", "layer, in order of execution", "error of the output, %", 3.0)
+    plot.figure.subplots_adjust(top=0.9)
+    for key, color, label, size in (("rounded", MUTED, "rounded to nearest", 16), ("error", ACCENT, "this run", 25)):
+        found = [
+            (place, max(number(layer[key]), LEAST), f"{layer['name']}, {label}: {layer[key]:.3g} % of the energy of its output")
+            for place, layer in enumerate(layers, 1)
+            if layer[key] is not None
+        ]
+        if found:
+            plot.axes.plot([place for place, _, _ in found], [error for _, error, _ in found], color=color, linewidth=1, label=label)
+            plot.marks(found, color, size)
     plot.log()
-    for key, color, label, size in (("rounded", MUTED, "rounded to nearest", 4), ("error", ACCENT, "this run", 5)):
-        found = [(place, max(number(layer[key]), LEAST), layer) for place, layer in enumerate(layers, 1) if layer[key] is not None]
-        plot.axes.plot([place for place, _, _ in found], [error for _, error, _ in found], color=color, linewidth=1, label=label)
-        for place, error, layer in found:
-            plot.mark(place, error, f"{layer['name']}, {label}: {error:.3g} % of the energy of its output", color, size)
     with matplotlib.rc_context(dict(_STYLE)):
         plot.axes.legend(loc="lower left", bbox_to_anchor=(0, 0.98), ncols=2)
     return plot.svg()
@@ -127,12 +149,11 @@ def histogram_plot(name: str, found: Mapping[str, object], unit: str) -> str:
     plot = Plot(f"Histogram of {name}", unit, "how many", 2.0)
     counts, low, high = found["counts"], number(found["low"]), number(found["high"])
     assert isinstance(counts, Sequence)
-    width = (high - low) / len(counts)
-    for place, bar in enumerate(plot.axes.bar([low + (each + 0.5) * width for each in range(len(counts))], counts, width, color=ACCENT)):
-        edge = low + place * width
-        plot.tip(bar, f"{counts[place]} values from {edge:.3g} to {edge + width:.3g}")
-    plot.log()
+    edges = [low + (high - low) * place / len(counts) for place in range(len(counts) + 1)]
+    plot.axes.stairs(counts, edges, baseline=0.5, fill=True, color=ACCENT)
+    plot.axes.set_yscale("log")
     plot.axes.set_ylim(0.7)
+    plot.log()
     clip = found["clip"]
     assert isinstance(clip, Sequence)
     for limit in clip:
@@ -143,8 +164,9 @@ def histogram_plot(name: str, found: Mapping[str, object], unit: str) -> str:
 def size_plot(runs: Sequence[tuple[str, float, float]], y: str) -> str:
     """Runs side by side: name, bytes, and a figure called ``y``."""
     plot = Plot("Runs", "size of the packed weights, kB", y)
+    if runs:
+        plot.marks([(size / 1000, value, f"{name}: {size / 1000:.1f} kB, {value:.4g}") for name, size, value in runs], ACCENT, 50)
     for name, size, value in runs:
-        plot.mark(size / 1000, value, f"{name}: {size / 1000:.1f} kB, {value:.4g}", ACCENT, 7)
-        plot.axes.annotate(name, (size / 1000, value), xytext=(5, 5), textcoords="offset points", fontsize=10)
+        plot.axes.annotate(Path(name).name, (size / 1000, value), xytext=(5, 5), textcoords="offset points", fontsize=10, color=INK)
     plot.axes.margins(x=0.2, y=0.2)
     return plot.svg()

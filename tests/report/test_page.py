@@ -46,8 +46,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data": "some <data>", "n": 10, "top1_full_precision": 90.0, "top1_quantized": 80.0, "drop": 10.0, "drop_half_width_95": 5.0,
         "paired": paired,
     }  # fmt: skip
-    record = {"files_read": ["a.py"], "sockets_opened": [], "programs_started": []}
-    evidence = dict.fromkeys(("loading", "quantizing", "measuring"), record)
+    silence: dict[str, list[str]] = {"files_read": [], "sockets_opened": [], "programs_started": []}
+    evidence = {"loading": {**silence, "files_read": ["net.py"]}, "quantizing": silence, "measuring": silence}
     extra = {"net": "digits", "network": "digits", "accuracy": accuracy, "started": "2000-01-01T00:00:00+00:00", "evidence": evidence}
     pictures = task.noise(10, torch.Generator().manual_seed(0))
     result = replace(api.with_layers(result, model), run={**result.run, **extra}, pictures=pictures)
@@ -99,6 +99,14 @@ def test_the_page_tells_what_decides(html: str) -> None:
     assert "some &lt;data&gt;" in html and "some <data>" not in html
 
 
+def test_the_head_tells_whether_anything_was_read(run: Path, bare: Path) -> None:
+    told = {**content(open_folder(run)), "layers": None, "frontier": None}
+    assert "no file was read, no socket opened" in page(told)
+    assert isinstance(told["manifest"], dict)
+    told["manifest"]["evidence"]["quantizing"]["files_read"] = ["train.npz"]
+    assert "files were read, sockets opened or programs started" in page(told) and "no file was read" not in page(told)
+
+
 def test_hovering_tells_plans_and_layers(html: str) -> None:
     tips = re.findall(r'<g class="tip"><title>([^<]*)</title>', html)
     assert sum(tip.startswith("this run: 3.0 kB, expected loss 0.333") for tip in tips) == 1
@@ -111,6 +119,8 @@ def test_colours_are_those_of_the_page(html: str) -> None:
     assert "var(--accent)" in html and not re.search("#0[1-5]0[1-5]0[1-5]", html)
     plots = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
     assert len(plots) == 15 and all("viewBox" in plot for plot in plots)
+    texts = re.findall(r"<text [^>]*>", html)
+    assert texts and all("fill: var(" in text for text in texts)
 
 
 def test_the_same_run_gives_the_same_page(run: Path) -> None:
