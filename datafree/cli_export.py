@@ -85,12 +85,13 @@ def verify_command(
 
 
 def _check(file: Path, run: Path, student: nn.Module, task: Task, flags: CheckFlags) -> None:
-    """Show what came of running a file, and leave it in the run for its report.
+    """Show what came of running a file, and leave it in the run for its report if the file is that of its student.
 
     Raises VerifyError where it failed; fallbacks and slowness may be allowed.
     """
     found, size = verify(file, student, task, runtime=flags.runtime, threads=flags.threads), packed_bytes(student)
-    write_whole(run / VERIFICATION_FILE, (strict_json(found.to_json()) + "\n").encode())
+    if not found.differences:
+        write_whole(run / VERIFICATION_FILE, (strict_json(found.to_json()) + "\n").encode())
     console = Console(highlight=False, markup=False, emoji=False)
     if flags.json:
         show.show_json(console, {**found.to_json(), "packed_bytes": size})

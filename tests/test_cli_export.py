@@ -10,6 +10,8 @@ import torch
 import datafree
 from datafree import cli
 from datafree.networks import load_network
+from datafree.report.content import verdict
+from datafree.report.runs import open_folder
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,12 @@ def test_a_file_of_another_student_ends_with_3(run: Path, tmp_path: Path, capsys
     assert cli.main(["quantize", "digits", "--method", "rtn", "--weight-bits", "2", "--act-bits", "4", "--out", str(other)]) == 0
     assert cli.main(["verify", str(run / "model.onnx"), "--against", str(other), "--allow-fallback"]) == 3
     assert "is this the file of that student" in capsys.readouterr().err
+    assert not (other / "verification.json").exists()  # where the report would take it for the student's
+
+
+def test_what_came_of_it_stays_with_the_run(run: Path) -> None:
+    found = verdict(open_folder(run))["runtime"]
+    assert isinstance(found, dict) and found["layers"] == found["integer_layers"] == 16 and found["latency_ms"] > 0
 
 
 def test_openvino(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

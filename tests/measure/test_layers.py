@@ -12,6 +12,7 @@ from datafree.plan import LayerPlan, Plan, QSpec
 from datafree.quant.insert import insert
 from datafree.task import Task
 from datafree.zoo.digits import digits
+from networks import NAMES, build
 
 TASK = Task(shape=(3, 8, 8))
 SPEC = QSpec(4, axis=0)
@@ -94,3 +95,12 @@ def test_a_layer_of_the_student_alone_is_told_without_an_error(model: nn.Sequent
     found = measured(model, student, noise(2))
     extra = found.layers[-1]
     assert extra.name == "extra.0" and extra.error is None and extra.rounded is None and extra.histogram is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_network_can_be_told(name: str) -> None:
+    model, task = build(name)
+    result = datafree.quantize(model, task, method="rtn", target=datafree.Target(4, 8))
+    found = measured(model, result.student, noise(3, task), task)
+    assert [layer.name for layer in found.layers] == list(result.plan.layers)
+    assert all(layer.error is not None and 0 < layer.error < 100 for layer in found.layers)
