@@ -62,7 +62,8 @@ class Result:
             seconds, peak memory of the process, packed bytes, fidelity on noise, notes.
         task: inputs and answer of the student.
         layers: its noise layer by layer, where :func:`with_layers` has measured it.
-        pictures: the inputs that the method made, (n, *shape), where they were to be kept.
+        pictures: the inputs that the method made, (n, *shape), if any; in memory only, unless :meth:`keeping_pictures` was called.
+        keep: whether :meth:`save` writes them.
     """
 
     student: nn.Module
@@ -71,11 +72,20 @@ class Result:
     task: Task
     layers: LayerReport | None = None
     pictures: Tensor | None = None
+    keep: bool = False
+
+    def keeping_pictures(self) -> "Result":
+        """The result whose :meth:`save` writes the pictures too; a note says what they may leak, or that there are none."""
+        none = f"{self.run['method']} made no pictures that could be kept"
+        told = none if self.pictures is None else f"{len(self.pictures)} pictures are kept: {_LEAK}"
+        notes = self.run["notes"]
+        assert isinstance(notes, list)
+        return replace(self, run={**self.run, "notes": [*notes, told]}, keep=True)
 
     def save(self, folder: str | Path) -> Path:
         """Write student.safetensors, plan.json and run.json into a new ``folder``; nothing half-written stays.
 
-        With them go layers.json and pictures.safetensors, where there are layers and pictures.
+        With them go layers.json where there are layers, and pictures.safetensors where they are to be kept.
 
         Raises OutputError where the folder exists already or cannot be written.
         """
@@ -89,7 +99,7 @@ class Result:
             layers = () if self.layers is None else ((LAYERS_FILE, asdict(self.layers)),)
             for name, value in ((PLAN_FILE, self.plan.to_json()), (RUN_FILE, self.run), *layers):
                 (made / name).write_text(strict_json(value) + "\n", encoding="utf-8")
-            if self.pictures is not None:
+            if self.keep and self.pictures is not None:
                 write_whole(made / PICTURES_FILE, save({"pictures": self.pictures.cpu().contiguous()}))
             if target.exists():
                 target.rmdir()  # an empty folder is as good as none
@@ -219,7 +229,6 @@ def quantize(
     device: str | torch.device | None = None,
     on_event: Callable[[Event], None] | None = None,
     folder: str | Path | None = None,
-    keep_pictures: bool = False,
 ) -> Result:
     """Quantize ``model`` without data. The model is not changed; the same seed gives the same student.
 
@@ -233,7 +242,6 @@ def quantize(
         on_event: called with every :class:`Event` of progress.
         folder: for checkpoints of what is optimised: after a kill the same call goes on from the last one, to the same student. They are
             removed once the student is made. None: no file is written.
-        keep_pictures: keep the inputs that the method makes; they may leak statistics of the data that the network was trained on.
 
     Raises:
         DatafreeError: see ``datafree.errors``; the message says what to do.
@@ -248,7 +256,7 @@ def quantize(
     check_network(model, task)
     notes: list[str] = []
     kept: list[Tensor] = []
-    ctx = replace(Ctx.create(seed, device, _noting(notes, on_event)), on_pictures=kept.append if keep_pictures else None)
+    ctx = replace(Ctx.create(seed, device, _noting(notes, on_event)), on_pictures=kept.append)
     teacher = frozen_copy(model, ctx.device)
     asked: dict[str, object] = {
         "versions": {"datafree": version("datafree"), "torch": torch.__version__, "python": platform.python_version()},
@@ -275,8 +283,6 @@ def quantize(
         "fidelity": asdict(fidelity(teacher, student, task, torch.Generator(ctx.device).manual_seed(seed), n=_inputs(task))),
         "notes": notes,
     }
-    if keep_pictures:
-        ctx.note(f"{sum(map(len, kept))} pictures are kept: {_LEAK}" if kept else f"{chosen.name} made no pictures that could be kept")
     return Result(student, plan, run, task, pictures=torch.cat(kept) if kept else None)
 
 

@@ -234,9 +234,9 @@ def _quantize(net: str, flags: QuantizeFlags, network: NetworkFlags, method: Met
         with heard.listen() as quantizing:
             result = quantize(
                 found.model, found.task, method=method, target=target, seed=flags.seed, device=network.device, on_event=listen,
-                folder=wanted.with_name(f".{wanted.name}.resume"), keep_pictures=flags.keep_pictures,
+                folder=wanted.with_name(f".{wanted.name}.resume"),
             )  # fmt: skip
-        result = with_layers(result, found.model)
+        result = with_layers(result.keeping_pictures() if flags.keep_pictures else result, found.model)
         comparison, data_name, refused = None, "", None
         with heard.listen() as measuring:
             try:
