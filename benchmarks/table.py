@@ -24,6 +24,12 @@ the weights, seed and all fields stand in each result file. Commits that the his
 its first one. A setting whose name ends in `shortcuts` keeps residual sums in float:
 activations are quantized only where layers take them in (`Target.float_shortcuts`).
 """
+EXPORTS = """\
+Each file ran in its runtime beside the student and beside the float network in the same runtime, taking turns (`benchmarks/export.py`;
+one input, threads, runtime and commit in each result file). Largest difference: of the answers, relative to the largest
+answer. Codes that differ: of all activations, given what entered them in the file, and by how many steps. Networks without a top-1 have
+random weights.
+"""
 
 
 def results() -> list[dict[str, object]]:
@@ -102,8 +108,27 @@ def speed() -> str:
     return "\n## Speed\n\nTwo threads; median and range of repeats (`benchmarks/speed.py`).\n\n" + "\n".join(lines) + "\n"
 
 
+def exports() -> str:
+    """Files in their runtimes, by network, setting and form."""
+    read = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("export-*.json"))]
+    head = ("network", "setting", "form", "kB", "over bits, scales and biases", "times as fast as float", "load s", "integer layers",
+            "largest difference", "codes that differ", "top-1 of student / file")  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for each in read:
+        integer = sum(kernel["integer"] for kernel in each["kernels"].values())
+        top1 = "" if each["student_top1"] is None else f"{each['student_top1']:.2f} / {each['file_top1']:.2f}"
+        row = (
+            each["network"], each["setting"], each["export"], f"{each['file_bytes'] / 1000:.0f}",
+            f"{100 * (each['file_bytes'] / each['packed_bytes'] - 1):+.1f} %", f"{each['speedup']:.2f}", f"{each['load_seconds']:.2f}",
+            f"{integer} of {each['layers']}", f"{each['largest_difference'] / each['largest_answer']:.1e}",
+            f"{each['differing_codes']:.1e} % by {each['code_difference']}", top1,
+        )  # fmt: skip
+        lines.append("| " + " | ".join(row) + " |")
+    return f"\n## Exported files\n\n{EXPORTS}\n" + "\n".join(lines) + "\n"
+
+
 def main() -> None:
-    PAGE.write_text(HEAD + "\n" + tables() + speed())
+    PAGE.write_text(HEAD + "\n" + tables() + speed() + exports())
     text = README.read_text()
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     README.write_text(f"{before}{BEGIN}\n{short()}\n{END}{after}")
