@@ -38,7 +38,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     state = _without_prefix(_read(file), "module.")
     own = model.state_dict()
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in state if key not in own]
+    unexpected = sorted(key for key in state if key not in own)
     if missing or unexpected:
         raise WeightsError(f"{file} does not fit the network: missing {named(missing)}; unexpected {named(unexpected)}")
     shapes = [f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}" for key in state if state[key].shape != own[key].shape]

@@ -26,7 +26,7 @@ from datafree.export.files import size_of
 from datafree.export.grids import Grid
 from datafree.export.integers import Array, Integers
 from datafree.export.lower import Style
-from datafree.export.onnx import Prepared, export_onnx, prepare
+from datafree.export.onnx import Prepared, export_onnx, float_onnx_bytes, prepare
 from datafree.export.openvino import _constant, export_openvino, openvino_model, packed
 from datafree.export.openvino_runtime import OpenVino
 from datafree.export.runtime import open_file
@@ -264,6 +264,18 @@ def test_float_kernels_on_purpose(file: Path) -> None:
     found = made(CONV, {"a": weight(4, 3, 3, 3)}, GRIDS)
     loaded = OpenVino(export_openvino(found.prepared, file, float_kernels=True))
     assert loaded.header()["float_kernels"] is True and not integer(loaded, "a")
+
+
+def test_float_kernels_do_not_round_what_enters_linear_layers(tmp_path: Path) -> None:
+    found = load_network("digits")
+    student = datafree.quantize(found.model, found.task, method="rtn", target=Target(4, 8)).student
+    prepared = prepare(student, found.task)
+    style = Style(packing="openvino-onnx", integer_outputs=False, float_kernels=True)
+    packed_file = export_onnx(prepared, tmp_path / "packed.onnx", style)
+    (tmp_path / "float.onnx").write_bytes(float_onnx_bytes(prepared))
+    x = found.task.noise(4, torch.Generator().manual_seed(0)).numpy()
+    one, other = (OpenVino(file, threads=1).run(x)["output"] for file in (packed_file, tmp_path / "float.onnx"))
+    assert np.abs(one - other).max() < 1e-4
 
 
 def test_what_the_metadata_say(file: Path) -> None:
