@@ -24,6 +24,7 @@ test-zoo: .venv-zoo/.zoo
 bench: .venv/.dev
 	OMP_NUM_THREADS=1 .venv/bin/python benchmarks/bench.py benchmarks/grids/*.json
 	.venv/bin/python benchmarks/speed.py
+	OMP_NUM_THREADS=1 .venv/bin/python benchmarks/export.py
 	.venv/bin/python benchmarks/table.py
 
 clean:
