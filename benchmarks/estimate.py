@@ -261,14 +261,12 @@ def summary(found: list[Pair]) -> str:
 def listing(found: list[Pair]) -> str:
     lines = ["| network | method | setting | KL | noise | true drop | images | estimate | interval | |", "|" + " --- |" * 10]
     for each in sorted(found, key=lambda each: (each["network"], each["drop"])):
-        about = (
-            f"{each['network']} | {each['label']} | {each['setting']} | {each['indicators']['kl']:.3g} | {each['indicators']['noise']:.3g}"
-        )
-        verdict = "" if each["covered"] else "missed"
-        verdict += "" if each["inside"] else " beyond the others' range"
-        lines.append(
-            f"| {about} | {each['drop']:.2f} | {each['images']} | {each['estimate']:.2f} | {each['low']:.2f} to {each['high']:.2f} | {verdict.strip()} |"
-        )
+        told = each["indicators"]
+        about = (each["network"], each["label"], each["setting"], f"{told['kl']:.3g}", f"{told['noise']:.3g}", f"{each['drop']:.2f}")
+        verdict = [*([] if each["covered"] else ["missed"]), *([] if each["inside"] else ["beyond the others' range"])]
+        interval = f"{each['low']:.2f} to {each['high']:.2f}"
+        cells = (*about, str(each["images"]), f"{each['estimate']:.2f}", interval, ", ".join(verdict))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
