@@ -1,9 +1,9 @@
 """Fit the estimate of the top-1 drop to measured drops, and publish how far it is off on networks that were left out.
 
-``python benchmarks/estimate.py NETWORK ...`` makes the students of that network anew and writes their indicators, for which no image is
-read, beside their measured drops into results/estimate-NETWORK.json. A drop is taken from the result file of ``bench.py`` where the
-student is the same (it answers the same noise alike), else it is measured anew on the first images. Without a network, the map is
-fitted to all of these files: it goes into the package, and its errors into docs/estimate.md.
+``python benchmarks/estimate.py [NETWORK ...]`` makes the students of these networks anew and writes their indicators, for which no image
+is read, beside their measured drops into results/estimate-NETWORK.json. A drop is taken from the result file of ``bench.py`` where the
+student is the same (it answers the same noise alike), else it is measured anew on the first images. Then, or at once where no network
+is named, the map is fitted to all of these files: it goes into the package, and its errors into docs/estimate.md.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from bench import HERE, NETWORKS, RESULTS, commit, data_root
 from scipy.optimize import least_squares
 
 from datafree.measure.estimate import FIT_FILE, Fit
+from datafree.networks import EMBEDDED
 
 PAGE = HERE.parent / "docs" / "estimate.md"
 FIT_PLACE = HERE.parent / "datafree" / "measure" / FIT_FILE
@@ -38,7 +39,7 @@ def collect(network: str) -> None:
     import torch
 
     torch.set_num_threads(1)
-    pairs = embedded(network) if network in ("digits", "digits-vit") else real(network)
+    pairs = embedded(network) if network in EMBEDDED else real(network)
     found = []
     for pair in pairs:
         found.append(pair)
@@ -278,12 +279,11 @@ def everything() -> list[Pair]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("network", nargs="*", choices=[*NETWORKS, "digits", "digits-vit", []])
+    parser.add_argument("network", nargs="*", choices=[*NETWORKS, *EMBEDDED])
     options = parser.parse_args()
     for network in options.network:
         collect(network)
-    if not options.network:
-        publish(everything())
+    publish(everything())
 
 
 if __name__ == "__main__":
