@@ -1,9 +1,10 @@
 """Fit the estimate of the top-1 drop to measured drops, and publish how far it is off on networks that were left out.
 
-``python benchmarks/estimate.py [--collect NETWORK ...]`` makes the students of these networks anew and writes their indicators, for which no image
-is read, beside their measured drops into results/estimate-NETWORK.json. A drop is taken from the result file of ``bench.py`` where the
-student is the same (it answers the same noise alike), else it is measured anew on the first images. Then, or at once where no network
-is named, the map is fitted to all of these files: it goes into the package, and its errors into docs/estimate.md.
+``python benchmarks/estimate.py [--collect NETWORK ...]`` makes the students of these networks anew and writes their indicators, for
+which no image is read, beside their measured drops into results/estimate-NETWORK.json. A drop is taken from the result file of
+``bench.py`` where the student is the same (it answers the same noise alike), else it is measured anew on the first images. Then, or at
+once where nothing is to be collected, the map is fitted to all of these files: it goes into the package, and its errors into
+docs/estimate.md.
 """
 
 import argparse
