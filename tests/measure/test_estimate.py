@@ -178,5 +178,5 @@ def test_half_width_covers_the_share_that_was_asked_for(script: ModuleType) -> N
     for name in script.networks(pairs):
         own = [error <= script.half_width(pairs) for error, each in zip(errors, pairs, strict=True) if each["network"] == name]
         shares.append(sum(own) / len(own))
-    assert sum(shares) / len(shares) >= 0.9
+    assert 0.9 <= min(shares) < 0.95
     assert replace(FIT, half_width=0.0).interval(5.0, 10) == pytest.approx((5.0, 5.0))
