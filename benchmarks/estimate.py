@@ -203,13 +203,15 @@ read. It is an **estimate**: only labelled data can measure accuracy.
 
 KL is the divergence of the answers in nats, noise the energy of the difference of the logits over that of the logits (without their
 mean over the classes), both as geometric means over the two families. Exponents cannot be negative, so more noise never means less
-loss. The interval is {half_width:.2f} to either side in log(1 + points): made to cover {confidence:.0f} % of the settings of a network
-that the map has not seen, measured on the left-out network that it fits worst. The estimate is unknown where an indicator lies outside what was seen in the fit
-({ranges}), and where the network is no classifier. The disagreement of the choices is recorded but did not improve the map.
+loss. The interval is {half_width:.2f} to either side in log(1 + points): made to cover {confidence:.0f} % of the settings of a
+network that the map has not seen, measured on the left-out network that it fits worst. The estimate is unknown where the network is no
+classifier, and where an indicator lies outside what was seen in the fit:
+{ranges}.
+The disagreement of the choices is recorded, but did not improve the map.
 
-The map was fitted on {pairs} measured drops of these networks only: {networks}. One of them has 1000 classes, the others
-have 10, and none has a million parameters. Networks much unlike them, or methods that tune the student on such pictures
-harder than `anchor` does, may be off by more.
+The map was fitted on {pairs} measured drops of these networks only: {networks}.
+One of them has 1000 classes, the others have 10, and none has a million parameters. Networks much unlike them, or methods that tune the
+student on such pictures harder than `anchor` does, may be off by more.
 
 ## Each network left out
 
@@ -239,7 +241,7 @@ def publish(pairs: list[Pair]) -> None:
         TEXT.format(
             sources=max(max(each["sources"].values()) for each in pairs),
             scale=fit.scale, **fit.exponents, half_width=fit.half_width, confidence=fit.confidence, pairs=fit.pairs,
-            ranges=", ".join(f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in fit.ranges.items()),
+            ranges=", ".join(f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in fit.ranges.items()),
             networks=", ".join(fit.networks), table=summary(found), everything=listing(found),
         )
     )  # fmt: skip

@@ -70,7 +70,7 @@ class Fit:
         """Which of ``indicators`` lies beyond what the map was fitted on, in words; None if none does."""
         for name, (low, high) in self.ranges.items():
             if not low <= indicators[name] <= high:
-                return f"{name} = {indicators[name]:.3g} lies outside {low:.3g} to {high:.3g}, what the map was fitted on"
+                return f"{name} = {indicators[name]:.4g} lies outside {low:.4g} to {high:.4g}, what the map was fitted on"
         return None
 
 
