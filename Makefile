@@ -23,6 +23,7 @@ test-zoo: .venv-zoo/.zoo
 # Hours on two cores where no results are there yet; each one that is there is kept. Needs ../shared/data or $$DATAFREE_DATA.
 bench: .venv/.dev
 	OMP_NUM_THREADS=1 .venv/bin/python benchmarks/bench.py benchmarks/grids/*.json
+	OMP_NUM_THREADS=1 .venv/bin/python benchmarks/estimate.py --collect digits digits-vit resnet20 resnet56 mobilenetv1_025
 	.venv/bin/python benchmarks/speed.py
 	OMP_NUM_THREADS=1 .venv/bin/python benchmarks/export.py
 	.venv/bin/python benchmarks/table.py

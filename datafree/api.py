@@ -27,6 +27,7 @@ from datafree.export.weights import load_student, save_student
 from datafree.fit import resumable
 from datafree.graph.flow import read
 from datafree.graph.swap import frozen_copy
+from datafree.measure.estimate import estimate_drop
 from datafree.measure.fidelity import fidelity
 from datafree.measure.layers import LayerReport, layer_report
 from datafree.method import Method, find_method
@@ -35,7 +36,7 @@ from datafree.plan import Plan, QSpec, Target
 from datafree.quant.insert import plan_of, quantizers
 from datafree.quant.settle import settle
 from datafree.report.runs import LAYERS_FILE, PICTURES_FILE, PLAN_FILE, RUN_FILE, STUDENT_FILE
-from datafree.synth.prior import pictures
+from datafree.synth.prior import Family, pictures
 from datafree.task import Task
 
 if TYPE_CHECKING:
@@ -43,12 +44,14 @@ if TYPE_CHECKING:
     from datafree.export.unpack import Packing
     from datafree.measure.verify import Verification
 
-__all__ = ["Result", "check_free", "export", "load", "made_by", "quantize", "strict_json", "verify", "with_layers"]
+__all__ = ["Result", "check_free", "export", "load", "made_by", "quantize", "strict_json", "verify", "with_estimate", "with_layers"]
 
 Form = Literal["onnx", "openvino", "safetensors", "program"]
 
 _LEAK = "where they were fitted to the network, they may leak statistics of the data it was trained on: treat them like that data"
 _LAYER_PICTURES = 16
+_ESTIMATE_PICTURES = 64  # of each family, at most
+_ESTIMATE_FAMILIES: tuple[Family, ...] = ("leaves", "pink")
 
 
 @dataclass(frozen=True)
@@ -297,6 +300,20 @@ def with_layers(result: Result, model: nn.Module) -> Result:
     flow = read(teacher, result.task, ctx)
     layers = layer_report(teacher, result.student, flow, result.task, inputs, f"{_LAYER_PICTURES} procedural pictures")
     return replace(result, layers=layers)
+
+
+def with_estimate(result: Result, model: nn.Module) -> Result:
+    """The result with ``run["estimate"]``: how much top-1 accuracy may have been lost against ``model``, its float network.
+
+    An estimate without data, see ``datafree.measure.estimate``. Inputs are dead leaves and pink noise, drawn with the seed after that of
+    the run, so that no method has tuned the student on them.
+    """
+    device = torch.device(str(result.run["device"]))
+    generator = torch.Generator(device).manual_seed(int(str(result.run["seed"])) + 1)
+    n = min(_ESTIMATE_PICTURES, _inputs(result.task))
+    sources: dict[str, Tensor] = {family: pictures(family, n, result.task, generator) for family in _ESTIMATE_FAMILIES}
+    estimate = estimate_drop(frozen_copy(model, device), result.student, result.task, sources)
+    return replace(result, run={**result.run, "estimate": asdict(estimate)})
 
 
 def student_of(method: Method, teacher: nn.Module, task: Task, target: Target, ctx: Ctx) -> nn.Module:

@@ -16,7 +16,7 @@ from rich.console import Group as Stack
 from rich.padding import Padding
 
 from datafree import show
-from datafree.api import Result, check_free, load, quantize, with_layers
+from datafree.api import Result, check_free, load, quantize, with_estimate, with_layers
 from datafree.cli_export import bench_speed_command, export_command, verify_command
 from datafree.cli_flags import (
     DEFAULT_METHOD,
@@ -237,6 +237,7 @@ def _quantize(net: str, flags: QuantizeFlags, network: NetworkFlags, method: Met
                 folder=wanted.with_name(f".{wanted.name}.resume"),
             )  # fmt: skip
         result = with_layers(result.keeping_pictures() if flags.keep_pictures else result, found.model)
+        result = with_estimate(result, found.model)
         comparison, data_name, refused = None, "", None
         with heard.listen() as measuring:
             try:

@@ -20,6 +20,7 @@ from datafree.graph.chains import pairs, roles
 from datafree.graph.flow import Flow
 from datafree.measure.accuracy import Accuracy, Comparison
 from datafree.method import Method
+from datafree.report.content import estimate_text
 
 NOTE_LENGTH = 300  # a note may name every layer of the network: run.json holds it in full
 _COLUMN = 30  # characters that a run needs beside others
@@ -156,6 +157,7 @@ def run_rows(name: str, result: Result, method: Method) -> Rows:
     yield "size", f"{number(run, 'float_bytes'):,} -> {number(run, 'packed_bytes'):,} bytes packed, {ratio(run)} smaller"
     yield "time", f"{number(run, 'seconds'):.2f} s"
     yield "fidelity on noise", _fidelity(run["fidelity"])
+    yield "estimated top-1 drop", estimate_text(run.get("estimate"))
 
 
 def note_rows(result: Result) -> Rows:

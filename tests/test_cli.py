@@ -65,7 +65,17 @@ def as_json(capsys: Output, *argv: str) -> dict[str, object]:
 
 def test_quantize_digits(capsys: Output, place: Path) -> None:
     text = told(capsys, "quantize", "digits", "--protocol", "dfmpc", "--data", "digits", "--out", "runs/a")
-    for part in ("digits", "anchor", "2/6", "activations float", "bytes packed", "fidelity on noise", "only original", "runs/a"):
+    for part in (
+        "digits",
+        "anchor",
+        "2/6",
+        "activations float",
+        "bytes packed",
+        "fidelity on noise",
+        "estimated top-1 drop",
+        "only original",
+        "runs/a",
+    ):
         assert part in text
     assert sorted(file.name for file in (place / "runs/a").iterdir()) == ["layers.json", "plan.json", "run.json", "student.safetensors"]
     run = json.loads((place / "runs/a/run.json").read_text())

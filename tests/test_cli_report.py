@@ -125,7 +125,7 @@ def test_pictures_are_written_when_asked_only(tmp_path: Path) -> None:
 def test_report_and_comparison(run: Path, tmp_path: Path, capsys: Output) -> None:
     assert "wrote" in told(capsys, "report", str(run), "--out", str(tmp_path / "page.html"))
     twin = json.loads((tmp_path / "page.json").read_text())
-    assert twin["verdict"]["estimated_loss"] is None and twin["verdict"]["accuracy"]["n"] == 360
+    assert twin["verdict"]["estimated_loss"]["sources"] == {"leaves": 64, "pink": 64} and twin["verdict"]["accuracy"]["n"] == 360
     assert (tmp_path / "page.html").read_text().count("<svg") >= 8
     text = told(capsys, "compare", str(run), "--html", str(tmp_path / "both.html"))
     assert "kB" in text and "estimated loss" in text and "instead of" in text

@@ -54,7 +54,7 @@ def fidelity(teacher: nn.Module, student: nn.Module, task: Task, generator: torc
         if first.ndim >= 2 and first.shape[1] > 1:
             agreed.append((first.argmax(1) == second.argmax(1)).flatten())
         if first.ndim == 2 and first.shape[1] > 1:
-            divergences.append(_divergence(first, second))
+            divergences.append(divergence(first, second))
     agreement = 100 * float(torch.cat(agreed).double().mean()) if agreed else None
     kl = float(torch.cat(divergences).mean()) if divergences else None
     return Fidelity(agreement, kl, _decibels(signal, noise), n, "standard normal noise")
@@ -65,7 +65,7 @@ def _sizes(n: int, most: int) -> list[int]:
     return [most] * full + [rest] * bool(rest)
 
 
-def _divergence(teacher: Tensor, student: Tensor) -> Tensor:
+def divergence(teacher: Tensor, student: Tensor) -> Tensor:
     """KL(teacher || student) of each row of logits, (n,)."""
     first, second = teacher.log_softmax(1), student.log_softmax(1)
     return (first.exp() * (first - second)).sum(1).clamp(min=0)  # rounding may leave a tiny negative

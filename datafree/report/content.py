@@ -24,7 +24,7 @@ def content(run: Run) -> dict[str, object]:
 def verdict(run: Run) -> dict[str, object]:
     """The figures that decide: bits, size, what was lost, speed.
 
-    ``estimated_loss`` is None, unknown: accuracy that was lost is told only where labelled data was given to measure it.
+    ``accuracy`` is measured, where labelled data was given; ``estimated_loss`` was estimated without data, None where nobody did.
     """
     record, target = run.record, table(run.record["target"])
     full, packed = number(record["float_bytes"]), number(record["packed_bytes"])
@@ -39,7 +39,7 @@ def verdict(run: Run) -> dict[str, object]:
         "packed_bytes": packed,
         "times_smaller": full / packed,
         "accuracy": record.get("accuracy"),
-        "estimated_loss": None,
+        "estimated_loss": record.get("estimate"),
         "fidelity": record["fidelity"],
         "runtime": None if run.verification is None else _runtime(run.verification),
         "seconds": record.get("seconds"),
@@ -95,7 +95,7 @@ def verdict_rows(told: Table) -> list[tuple[str, str]]:
         ("bits", f"weights {asked} (layers: {counts}), activations {told['act_bits'] or 'float'}"),
         ("size", f"{number(told['packed_bytes']) / 1000:.1f} kB, {number(told['times_smaller']):.1f}x smaller than in float"),
         ("accuracy", _accuracy(told["accuracy"])),
-        ("estimated loss", "unknown"),
+        ("estimated loss", estimate_text(told["estimated_loss"])),
         ("on noise", _fidelity(fidelity)),
     ]
     if runtime is None:
@@ -103,6 +103,17 @@ def verdict_rows(told: Table) -> list[tuple[str, str]]:
     ran = table(runtime)
     latency = f"{number(ran['latency_ms']):.2f} ms, {number(ran['times_as_fast']):.2f} times as fast as in float"
     return [*rows, ("latency", latency), ("integer kernels", f"{ran['integer_layers']} of {ran['layers']} layers, {ran['runtime']}")]
+
+
+def estimate_text(estimate: object) -> str:
+    """What ``run["estimate"]`` says, in words."""
+    if estimate is None:
+        return "unknown"
+    told = table(estimate)
+    if told["drop"] is None:
+        return f"unknown: {told['unknown']}"
+    drop, low, high, confidence = (number(told[key]) for key in ("drop", "low", "high", "confidence"))
+    return f"{drop:.1f} points of top-1 ({low:.1f} to {high:.1f}, {confidence:.0f} %), an estimate without data"
 
 
 def _accuracy(measured: object) -> str:

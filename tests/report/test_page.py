@@ -50,7 +50,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     evidence = {"loading": {**silence, "files_read": ["net.py"]}, "quantizing": silence, "measuring": silence}
     extra = {"net": "digits", "network": "digits", "accuracy": accuracy, "started": "2000-01-01T00:00:00+00:00", "evidence": evidence}
     pictures = task.noise(10, torch.Generator().manual_seed(0))
-    result = replace(api.with_layers(result, model), run={**result.run, **extra}, pictures=pictures)
+    result = replace(api.with_layers(api.with_estimate(result, model), model), pictures=pictures)
+    result = replace(result, run={**result.run, **extra})
     folder = result.save(tmp_path_factory.mktemp("runs") / "whole")
     points = [{"bytes": 1000 * size, "loss": 1 / size, "bits": own if size == 3 else dict.fromkeys(own, 2)} for size in range(1, 6)]
     (folder / "frontier.json").write_text(json.dumps(points))
@@ -70,7 +71,7 @@ def bare(run: Path, tmp_path: Path) -> Path:
     for name in ("plan.json", "student.safetensors"):
         shutil.copy(run / name, tmp_path / name)
     record = json.loads((run / "run.json").read_text())
-    for key in ("net", "network", "accuracy", "started", "evidence"):
+    for key in ("net", "network", "accuracy", "started", "evidence", "estimate"):
         del record[key]
     (tmp_path / "run.json").write_text(json.dumps(record))
     return tmp_path
@@ -94,9 +95,19 @@ def test_the_page_stands_alone(html: str) -> None:
 
 
 def test_the_page_tells_what_decides(html: str) -> None:
-    for part in ("80.00 %", "10.00 points below 90.00 %", "unknown", "1 of 3", "0.50 ms", "2.00 times as fast", "W4 A4"):
+    for part in ("80.00 %", "10.00 points below 90.00 %", "estimated loss", "1 of 3", "0.50 ms", "2.00 times as fast", "W4 A4"):
         assert part in html
     assert "some &lt;data&gt;" in html and "some <data>" not in html
+
+
+def test_the_estimate_is_called_one_and_tells_why_it_is_unknown(run: Path) -> None:
+    told = {**content(open_folder(run)), "layers": None, "frontier": None}
+    assert isinstance(told["verdict"], dict)
+    for drop, part in ((4.25, "An estimate without data"), (None, "kl = 9 lies outside")):
+        told["verdict"]["estimated_loss"] |= {"drop": drop, "low": 1.0, "high": 9.0, "unknown": None if drop else "kl = 9 lies outside"}
+        text = page(told)
+        assert part in text and ("4.2 points" in text) == (drop is not None)
+    assert dict(verdict_rows(told["verdict"]))["estimated loss"] == "unknown: kl = 9 lies outside"
 
 
 def test_the_head_tells_whether_anything_was_read(run: Path, bare: Path) -> None:
