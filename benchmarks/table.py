@@ -97,6 +97,8 @@ def short() -> str:
 def speed() -> str:
     """Time and memory by the shape of the network."""
     read = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("speed-*.json"))]
+    if not read:
+        return ""
     lines = ["| shape | method | parameters | seconds | in forward passes at batch 16 | peak beyond the network |", "|" + " --- |" * 6]
     for each in sorted(read, key=lambda each: (each["label"], each["parameters"])):
         low, middle, high = min(each["seconds"]), statistics.median(each["seconds"]), max(each["seconds"])
