@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import random
 from collections.abc import Mapping
 
 import pytest
@@ -13,23 +12,7 @@ from datafree.bits import pareto
 from datafree.bits.pareto import frontier
 from datafree.bits.search import choose
 from datafree.errors import TargetError
-
-WIDTHS = (2, 3, 4, 6, 8)
-Table = dict[str, dict[int, float]]
-Costs = dict[str, dict[int, int]]
-
-
-def problem(layers: int, seed: int) -> tuple[Table, Costs]:
-    """Layers of very different size and sensitivity; a lost quarter a bit, not quite."""
-    draw = random.Random(seed)
-    lost: Table = {}
-    cost: Costs = {}
-    for number in range(layers):
-        name, weights, base = f"layer{number}", draw.randint(10, 3000), 10 ** draw.uniform(-3, 1)
-        widths = sorted(draw.sample(WIDTHS, draw.randint(1, 5)))
-        lost[name] = {bits: base * 4.0**-bits * draw.uniform(0.7, 1.4) for bits in widths}
-        cost[name] = {bits: math.ceil(weights * bits / 8) + 40 for bits in widths}
-    return lost, cost
+from tests.bits.problems import problem
 
 
 def total(table: Mapping[str, Mapping[int, float]], widths: Mapping[str, int]) -> float:
