@@ -121,7 +121,7 @@ def _search(net: str, flags: SearchFlags, network: NetworkFlags, method: Method)
     console.print(_table(rows, None if picked is None else picked.size, flags.latency))
     console.print(f"\n{len(shown)} of {len(frontier.points)} points; loss: {frontier.unit}, expected, on synthetic inputs")
     if picked is not None:
-        console.print(f"* {picked.size:,} bytes, expected loss {picked.loss:.3g}: {_counts(picked)}")
+        console.print(f"* {picked.size:,} bytes, expected loss {picked.loss:.3g}; layers: {_counts(picked)}")
         console.print(f"plan: {flags.out}", soft_wrap=True)
 
 
@@ -152,7 +152,7 @@ def _table(rows: Sequence[Mapping[str, object]], picked: int | None, timed: bool
 
 def _counts(point: Point) -> str:
     given = list(point.widths.values())
-    return ", ".join(f"{given.count(bits)} layers of {bits} bits" for bits in sorted(set(given)))
+    return ", ".join(f"{given.count(bits)} of {bits} bits" for bits in sorted(set(given)))
 
 
 def _latencies(frontier: Frontier, points: Sequence[Point], task: Task) -> dict[int, float]:

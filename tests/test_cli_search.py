@@ -38,6 +38,8 @@ def test_from_search_to_the_student(flags: tuple[str, ...], capsys: Output) -> N
     assert made == Plan.read("plan.json") and bool(made.activations) == (protocol == "deploy")
     assert {name: layer.weight.bits for name, layer in made.layers.items()} == picked["widths"]
     assert run["packed_bytes"] == picked["bytes"]
+    assert cli.main(["compare", "run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["run"]["weight_bits"] == sorted(set(picked["widths"].values()))
 
 
 def test_the_table_fits_sixty_columns(capsys: Output) -> None:

@@ -32,7 +32,7 @@ def verdict(run: Run) -> dict[str, object]:
         "network": record.get("network"),
         "method": record["method"],
         "protocol": record.get("protocol"),
-        "weight_bits": target["weight_bits"],
+        "weight_bits": sorted(set(widths(run.plan).values())) if target.get("plan") else target["weight_bits"],
         "act_bits": target["act_bits"],
         "layers_by_bits": _layers_by_bits(run.plan),
         "float_bytes": full,
