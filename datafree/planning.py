@@ -15,7 +15,7 @@ from datafree.bits.cost import packed_bytes_table
 from datafree.bits.pareto import Point, frontier
 from datafree.bits.sensitivity import distortions
 from datafree.closed.gram import grams, output_energy
-from datafree.closed.regress import distance
+from datafree.closed.regress import answers, distance
 from datafree.context import Ctx
 from datafree.errors import MethodError, TargetError
 from datafree.graph import swap
@@ -171,15 +171,15 @@ def _students(method: Method, teacher: nn.Module, task: Task, targets: list[Targ
 @torch.no_grad()
 def _divergences(base: Frontier, teacher: nn.Module, task: Task, inputs: Tensor, cost: Costs, ctx: Ctx) -> tuple[float, Table]:
     """What is lost with every layer as wide as possible, and what each layer at each width adds to that."""
+    reference = answers(teacher, task, inputs)
 
-    def answers(model: nn.Module) -> Tensor:
-        return torch.cat([task.run(model, part) for part in torch.split(inputs, 64)])
+    def distant(widths: Mapping[str, int]) -> float:
+        return distance(reference, answers(base.student(widths), task, inputs))
 
-    reference = answers(teacher)
-    start = distance(reference, answers(base.student({})))
+    start = distant({})
     lost: Table = {}
     for number, (name, sizes) in enumerate(cost.items(), 1):
-        added = {bits: distance(reference, answers(base.student({name: bits}))) - start for bits in sizes}
+        added = {bits: distant({name: bits}) - start for bits in sizes}
         lost[name] = {bits: 0.0 if bits == max(sizes) else max(0.0, value) for bits, value in added.items()}
         ctx.progress("sensitivity", number, len(cost))
     return start, lost

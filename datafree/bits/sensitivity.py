@@ -96,7 +96,7 @@ def answer_divergence(
 ) -> Callable[[Mapping[str, int]], float]:
     """A function from bits by layer to what the answers to ``inputs`` lose when exactly these layers are rounded (ZeroQ's Omega).
 
-    The loss is the mean KL divergence from the teacher's answers in nats, see ``closed.regress.divergence``.
+    The loss is the mean KL divergence from the teacher's answers in nats, see ``closed.regress.distance``.
     """
     rows = torch.split(inputs, 64)
     known: dict[tuple[str, int], Tensor] = {}

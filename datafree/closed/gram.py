@@ -65,6 +65,8 @@ def grams(model: nn.Module, flow: Flow, names: Iterable[str], inputs: Tensor, ge
     The caller decides on the mode of the batch norms (see ``graph.taps.anchored``).
     """
     found = {name: Sums() for name in names}
+    if not found:
+        return {}
     with torch.no_grad(), watching(model, flow, found, generator):
         model(inputs)
     return {name: sums.gram() for name, sums in found.items()}

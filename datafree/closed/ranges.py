@@ -34,7 +34,8 @@ T = TypeVar("T")
 Maps = tuple[Tensor, Tensor]
 ClosedRule = Literal["closed", "aciq"]
 
-_FAR, _POINTS = 12.0, 192  # standard deviations that the grid of a source reaches, and its points
+_FAR, _POINTS = 12.0, (32, 192)  # standard deviations that the grid of a channel reaches, and its points, fewest and most
+_VALUES = 1 << 16  # of all channels together, if that many points a channel are within these limits
 _ENTRIES = 1 << 14
 _NORMS = frozenset(("batch_norm", "instance_norm", "layer_norm", "group_norm"))
 
@@ -144,10 +145,11 @@ class _Model:
 
     def source(self, node: Node) -> Maps:
         mean, sd = _by_channel(self.moments[node.index])
-        grid = torch.linspace(-_FAR, _FAR, _POINTS, dtype=mean.dtype, device=mean.device)[:, None]
         if node.op == "input" and self.pixels is not None:
-            low, high = self.pixels
-            return low + (high - low) * (grid + _FAR) / (2 * _FAR), torch.full_like(grid, 1 / _POINTS)
+            ends = torch.linspace(*self.pixels, _POINTS[1], dtype=mean.dtype, device=mean.device)[:, None]
+            return ends, torch.full_like(ends, 1 / len(ends))
+        points = min(max(_VALUES // mean.numel(), _POINTS[0]), _POINTS[1])
+        grid = torch.linspace(-_FAR, _FAR, points, dtype=mean.dtype, device=mean.device)[:, None]
         logarithm = -math.sqrt(2) * grid.abs() if self.heavy or not self._adds_up(node) else -grid.square() / 2
         return mean + grid * sd, logarithm.softmax(0).expand(-1, mean.numel())
 

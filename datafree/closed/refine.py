@@ -13,10 +13,11 @@ from datafree.closed.rounding import energy, error_feedback, merge, split
 from datafree.errors import NetworkError
 from datafree.plan import QSpec
 from datafree.quant.grid import has_zero_points
+from datafree.quant.ranges import TINY
 
 # Of the scale, by bits, each tried on every row; where there is no entry, 1 alone.
 FACTORS = MappingProxyType({2: (1.05, 1.15, 1.25, 1.4), 3: (0.95, 1.05, 1.15)})
-SWEEPS = 2
+SWEEPS = 1
 _COLUMNS = 128  # columns between two products with the errors of all columns
 
 
@@ -36,16 +37,11 @@ def refine(weight: Tensor, hessian: Tensor, scale: Tensor, spec: QSpec, sweeps: 
     """
     _check(spec)
     weight, hessian = weight.detach().float(), hessian.float()
-    codes, found = torch.zeros(weight.shape, dtype=torch.int16, device=weight.device), scale
-    least = torch.full_like(scale, torch.inf)
+    tried = []
     for factor in FACTORS.get(spec.bits, (1.0,)):
-        trial = error_feedback(weight, hessian, scale * factor, spec)
-        fitted = fit_scale(weight, trial, hessian, scale * factor)
-        error = energy(weight - fitted[..., None] * trial, hessian)
-        better = error < least
-        codes, found = torch.where(better[..., None], trial, codes), torch.where(better, fitted, found)
-        least = torch.minimum(error, least)
-    scale = found
+        codes = error_feedback(weight, hessian, scale * factor, spec)
+        tried.append((codes, fit_scale(weight, codes, hessian, scale * factor)))
+    codes, scale = tried[0] if len(tried) == 1 else _best(weight, hessian, tried)
     for _ in range(sweeps):
         codes = descend(weight, codes, hessian, scale, spec)
         scale = fit_scale(weight, codes, hessian, scale)
@@ -58,24 +54,23 @@ def descend(weight: Tensor, codes: Tensor, hessian: Tensor, scale: Tensor, spec:
     Shapes as for :func:`refine`; columns on whose diagonal H is 0 keep their codes.
     """
     _check(spec)
-    low, high = spec.levels
     blocks = len(hessian) // len(weight)
-    step = scale.repeat_interleave(blocks, 0)
-    rest = split(weight - scale[..., None] * codes, blocks).transpose(1, 2).contiguous()  # (groups * blocks, n / blocks, out)
-    moved = split(codes, blocks).to(rest.dtype).transpose(1, 2).contiguous()
+    steps = weight / scale[..., None]
+    moved = split(codes, blocks).to(steps.dtype).transpose(1, 2).contiguous()  # (groups * blocks, n / blocks, out)
+    rest = split(steps, blocks).transpose(1, 2).sub(moved)  # the errors, in steps of the grid
     diagonal = hessian.diagonal(dim1=1, dim2=2)
+    inverse = torch.where(diagonal > TINY, 1 / diagonal, 0)[..., None]
     n = hessian.shape[2]
     for start in range(0, n, _COLUMNS):
         stop = min(start + _COLUMNS, n)
         inner = hessian[:, start:stop, start:stop].contiguous()
         slope = hessian[:, start:stop] @ rest
         for j in range(start, stop):
-            pull = slope[:, j - start] / (diagonal[:, j, None] * step)
-            new = (moved[:, j] + torch.where(torch.isfinite(pull), pull, 0)).round_().clamp_(low, high)
-            change = (new - moved[:, j]) * step
+            new = torch.addcmul(moved[:, j], slope[:, j - start], inverse[:, j]).round_().clamp_(*spec.levels)
+            change = new - moved[:, j]
             moved[:, j] = new
             rest[:, j] -= change
-            slope.addcmul_(inner[:, :, j - start, None], change[:, None], value=-1)
+            slope[:, j - start + 1 :].addcmul_(inner[:, j - start + 1 :, j - start, None], change[:, None], value=-1)
     return merge(moved.transpose(1, 2), blocks).to(torch.int16)
 
 
@@ -85,6 +80,18 @@ def fit_scale(weight: Tensor, codes: Tensor, hessian: Tensor, scale: Tensor) -> 
     projected = merge(split(codes.to(hessian.dtype), blocks) @ hessian, blocks)
     fitted = (weight * projected).sum(2) / (codes * projected).sum(2)
     return torch.where(torch.isfinite(fitted) & (fitted > 0), fitted, scale)
+
+
+def _best(weight: Tensor, hessian: Tensor, tried: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Of several codes and scales those of least error, row by row."""
+    (codes, scale), *others = tried
+    least = energy(weight - scale[..., None] * codes, hessian)
+    for trial, fitted in others:
+        error = energy(weight - fitted[..., None] * trial, hessian)
+        better = error < least
+        codes, scale = torch.where(better[..., None], trial, codes), torch.where(better, fitted, scale)
+        least = torch.minimum(error, least)
+    return codes, scale
 
 
 def _check(spec: QSpec) -> None:

@@ -3,15 +3,13 @@
 Frantar et al., GPTQ, arXiv 2210.17323. Legend: H the second moment of a layer's inputs; M its lower Cholesky factor, H = M M^T.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from datafree.closed.moments import RHO, tap_correlation
 from datafree.errors import NetworkError
 from datafree.plan import QSpec
-from datafree.quant.grid import dequantize, has_zero_points, quantize
+from datafree.quant.grid import has_zero_points, round_
 
 _BLOCK = 1 << 15  # weights worked on column by column: they stay in the cache, and are too few for torch to start threads
 _RAISES = (1, 10, 100)  # of the damping
@@ -38,7 +36,6 @@ def error_feedback(
     Raises NetworkError where shapes do not fit, an asymmetric grid has no zero, or H cannot be factored.
     """
     blocks = _check(weight, hessian, spec, zero)
-    grid = replace(spec, axis=None)
     scale = scale.float().expand(weight.shape[:2]).repeat_interleave(blocks, 0)
     zero = torch.zeros(()) + (spec.levels[1] / 2 if spec.grid == "dorefa" else 0.0) if zero is None else zero
     zero = zero.to(scale).expand(weight.shape[:2]).repeat_interleave(blocks, 0)
@@ -48,17 +45,17 @@ def error_feedback(
     order = hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, stable=True)  # rising: the last column is rounded first
     share = _shares(hessian, order, damping)
     places = order[:, :, None].expand(groups, n, outputs)
-    rest = apart.transpose(1, 2).gather(1, places)  # of columns done: their errors w - q
-    codes = torch.empty_like(rest, dtype=torch.int16)
+    rest = (apart / scale[..., None]).transpose(1, 2).gather(1, places)  # in steps of the grid; of columns done: their errors w - q
+    codes = torch.empty_like(rest)
     block = min(128, max(8, _BLOCK // (groups * outputs)))  # columns between two products with the errors of all columns done
     for stop in range(n, 0, -block):
         start = max(0, stop - block)
         wanted = rest[:, start:stop] + share[:, stop:, start:stop].transpose(1, 2) @ rest[:, stop:]
         for j in range(stop - 1, start - 1, -1):
-            codes[:, j] = quantize(wanted[:, j - start], scale, zero, grid)
-            rest[:, j] -= dequantize(codes[:, j], scale, zero, grid)
+            codes[:, j] = code = round_(wanted[:, j - start], zero, spec).clamp_(*spec.levels)
+            rest[:, j] -= code.sub_(zero)
             wanted[:, : j - start].addcmul_(share[:, j, start:j, None], rest[:, j, None])
-    return merge(torch.empty_like(codes).scatter_(1, places, codes).transpose(1, 2), blocks).contiguous()
+    return merge(torch.empty_like(codes).scatter_(1, places, codes).transpose(1, 2), blocks).to(torch.int16)
 
 
 def split(rows: Tensor, blocks: int) -> Tensor:

@@ -4,6 +4,7 @@ Legend: H the covariance of a layer's input patches, m their mean, W the float w
 """
 
 import copy
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Literal
@@ -19,7 +20,7 @@ from datafree.closed.propagate import layer_inputs
 from datafree.closed.ranges import closed_ranges
 from datafree.closed.recalibrate import spread_ratio
 from datafree.closed.refine import refine
-from datafree.closed.regress import divergence, regress_layers, regress_norms
+from datafree.closed.regress import Seen, answers, distance, look, regress
 from datafree.closed.rounding import error_feedback, shrink
 from datafree.closed.successive import followed, successive
 from datafree.context import Ctx
@@ -29,7 +30,7 @@ from datafree.graph.taps import anchored
 from datafree.method import Method, method, option
 from datafree.plan import Plan, QSpec, Target
 from datafree.quant.grid import broadcast, dequantize, quantize
-from datafree.quant.insert import assign, effective_weight, insert, latent_weight, quantizers
+from datafree.quant.insert import assign, effective_weight, insert, latent_weight, quantized_layers, quantizers, weight_quantizer
 from datafree.quant.observe import observe
 from datafree.quant.ranges import mse
 from datafree.synth.noise import Pictures, source_of
@@ -74,7 +75,7 @@ class Anchor(Method):
         drawn = "pictures" in (self.statistics, self.act_range) or self.own_inputs or self.recalibration != "none"
         inputs = source_of(self.family, teacher, task, ctx).sample(_count(task)).inputs if drawn else None
         statistics = self._statistics(teacher, flow, target, inputs, ctx)
-        plan = make_plan(flow, teacher, target, _spec, ctx, self._widths(flow, teacher, target, statistics))
+        plan = make_plan(flow, teacher, target, _spec, ctx, self._widths(flow, teacher, target, statistics) if is_mixed(target) else None)
         student = insert(teacher, plan)
         norms = own_norms(student, flow)
         at_once = [name for name in plan.layers if not self._later(flow.layers[name])]
@@ -87,25 +88,25 @@ class Anchor(Method):
         self._range(teacher, student, flow, task, inputs)
         if inputs is None:
             return student
-        if self.own_inputs:
-            self._round_in_turn(teacher, student, flow, plan, inputs, ctx)
-        return self._recalibrate(teacher, student, flow, task, inputs, ctx)
+        see = self._in_turn if self.own_inputs else look
+        return self._recalibrate(teacher, student, flow, see(teacher, student, flow, inputs, ctx), task, inputs, ctx)
 
     def _later(self, layer: Layer) -> bool:
         """Whether the layer is rounded only once those before it are."""
         return self.own_inputs and followed(layer)
 
-    def _round_in_turn(self, teacher: nn.Module, student: nn.Module, flow: Flow, plan: Plan, inputs: Tensor, ctx: Ctx) -> None:
+    def _in_turn(self, teacher: nn.Module, student: nn.Module, flow: Flow, inputs: Tensor, ctx: Ctx) -> Mapping[str, Seen]:
         """Layer after layer, with its inputs as the student has them and what they lost made good; batch norms follow by regression."""
-        done = 0
+        layers, steps = quantized_layers(student), itertools.count(1)
 
         def rewrite(name: str, wanted: Tensor, gram: Gram) -> None:
-            nonlocal done
-            assign(student.get_submodule(name), *self._round(wanted, flow.layers[name], plan.layers[name].weight, gram))
-            ctx.progress("round in turn", done := done + 1, len(plan.layers))
+            assign(layers[name], *self._round(wanted, flow.layers[name], weight_quantizer(layers[name]).spec, gram))
+            ctx.progress("round in turn", next(steps), len(layers))
 
-        with anchored(teacher), successive(teacher, student, flow, plan.layers, rewrite, ctx.generator):
-            regress_norms(teacher, student, flow, inputs, ctx.generator)
+        with successive(teacher, student, flow, layers, rewrite, ctx.generator):
+            seen = look(teacher, student, flow, inputs, ctx)
+            regress(teacher, student, flow, {name: each for name, each in seen.items() if name not in flow.layers}, inputs)
+        return seen
 
     def _statistics(self, teacher: nn.Module, flow: Flow, target: Target, inputs: Tensor | None, ctx: Ctx) -> dict[str, Gram]:
         """Of the inputs of every layer that is quantized."""
@@ -118,10 +119,8 @@ class Anchor(Method):
         with anchored(teacher):
             return grams(teacher, flow, names, inputs, ctx.generator)
 
-    def _widths(self, flow: Flow, teacher: nn.Module, target: Target, statistics: Mapping[str, Gram]) -> dict[str, int] | None:
+    def _widths(self, flow: Flow, teacher: nn.Module, target: Target, statistics: Mapping[str, Gram]) -> dict[str, int]:
         """The width of each layer under a budget, by what this very rounding would lose with it."""
-        if not is_mixed(target):
-            return None
 
         def rounded(layer: Layer, weight: Tensor, spec: QSpec) -> Tensor:
             codes, scale, zero = self._round(weight, layer, spec, statistics[layer.name])
@@ -159,19 +158,19 @@ class Anchor(Method):
             ratio = spread_ratio(output_energy(low, gram, layer), output_energy(full, gram, layer))
             set_statistics(norm, before.mu, before.sigma * ratio)
 
-    def _recalibrate(self, teacher: nn.Module, student: nn.Module, flow: Flow, task: Task, inputs: Tensor, ctx: Ctx) -> nn.Module:
+    def _recalibrate(
+        self, teacher: nn.Module, student: nn.Module, flow: Flow, seen: Mapping[str, Seen], task: Task, inputs: Tensor, ctx: Ctx
+    ) -> nn.Module:
         """The student with its norms corrected, or its layers if there is none; ``auto`` keeps what is nearest on fresh pictures."""
         powers = {"none": (), "spread": (0.0,), "regression": (1.0,), "auto": (0.0, 0.5, 1.0)}[self.recalibration]
-        regress = regress_norms if any(layer.norm for layer in flow.layers.values()) else regress_layers
         fresh = pictures(self.family if self.family in ("pink", "white") else "leaves", len(inputs) // 2, task, ctx.generator)
-        best, least = student, math.inf
+        wanted, best, least = answers(teacher, task, fresh), student, math.inf
         for step, power in enumerate(powers, 1):
             candidate = copy.deepcopy(student)
-            with anchored(teacher):
-                regress(teacher, candidate, flow, inputs, ctx.generator, power)
-            distance = divergence(teacher, candidate, task, fresh) if len(powers) > 1 else 0.0
-            if distance < least:
-                best, least = candidate, distance
+            regress(teacher, candidate, flow, seen, inputs, power)
+            lost = distance(wanted, answers(candidate, task, fresh)) if len(powers) > 1 else 0.0
+            if lost < least:
+                best, least = candidate, lost
             ctx.progress("recalibrate", step, len(powers))
         return best
 

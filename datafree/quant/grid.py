@@ -50,9 +50,12 @@ def has_zero_points(spec: QSpec) -> bool:
     return spec.grid == "uniform" and not spec.symmetric
 
 
+def round_(steps: Tensor, zero: Tensor, spec: QSpec) -> Tensor:
+    """The codes, before clipping, of values counted in steps of the grid: float32, in place."""
+    # an integer zero point is added after rounding, as runtimes do; DoReFa's lies between two codes and must come before
+    return steps.add_(zero).round_() if spec.grid == "dorefa" else steps.round_().add_(zero)
+
+
 def _nearest(x: Tensor, scale: Tensor, zero: Tensor, spec: QSpec) -> Tensor:
     """The codes before clipping, as float32."""
-    steps = x.float() / broadcast(scale.float(), spec, x)
-    shift = broadcast(zero.float(), spec, x)
-    # an integer zero point is added after rounding, as runtimes do; DoReFa's lies between two codes and must come before
-    return steps.add_(shift).round_() if spec.grid == "dorefa" else steps.round_().add_(shift)
+    return round_(x.float() / broadcast(scale.float(), spec, x), broadcast(zero.float(), spec, x), spec)

@@ -105,7 +105,10 @@ class _Seen:
 
     def watch(self, module: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> Tensor:
         """Forward hook of the quantizer: note its input and let that pass."""
-        rows = channel_rows(args[0], self.spec.axis)
+        x = args[0]
+        if self.spec.axis is None:  # in the order of memory, so that nothing is copied
+            x = x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))
+        rows = channel_rows(x, self.spec.axis)
         low, high = rows.amin(1), rows.amax(1)
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)

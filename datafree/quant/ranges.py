@@ -150,7 +150,7 @@ def channel_rows(x: Tensor, axis: int | None) -> Tensor:
     if x.numel() == 0:
         raise NetworkError(f"a tensor of shape {tuple(x.shape)} is empty: no range can be taken from it")
     values = x.detach().float()
-    if not torch.isfinite(values).all():
+    if not torch.isfinite(torch.stack(torch.aminmax(values))).all():  # NaN shows in both
         raise NetworkError(f"a tensor of shape {tuple(x.shape)} holds NaN or infinity: no range can be taken from it")
     return values.reshape(1, -1) if axis is None else values.movedim(axis, 0).reshape(x.shape[axis], -1)
 

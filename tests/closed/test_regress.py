@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from datafree.closed.absorb import scale_layer, shift_output
-from datafree.closed.regress import regress_layers, regress_norms, regression
+from datafree.closed.regress import look, regress, regression
+from datafree.context import Ctx
 from datafree.graph.flow import flow
 from datafree.graph.fold import norm_vectors
-from datafree.graph.taps import anchored
 from datafree.plan import LayerPlan, Plan, QSpec
 from datafree.quant.insert import codes_of, insert
 from networks import NAMES, build
@@ -51,8 +51,7 @@ def test_a_rescaled_and_shifted_student_comes_back(name: str) -> None:
             module.weight.data *= 1.7
             if module.bias is not None:
                 module.bias.data *= 1.7
-    with anchored(teacher):
-        regress_norms(teacher, student, read, inputs, generator())
+    regress(teacher, student, read, look(teacher, student, read, inputs, Ctx(torch.device("cpu"), generator())), inputs)
     for one, other in zip(teacher.modules(), student.modules(), strict=True):
         if isinstance(one, nn.modules.batchnorm._BatchNorm) and one.running_mean is not None:
             assert torch.allclose(norm_vectors(one).gamma, norm_vectors(other).gamma, rtol=1e-3)
@@ -74,7 +73,7 @@ def test_layers_without_norms_come_back_through_their_scales_and_biases() -> Non
             scale_layer(student, layer, torch.linspace(0.5, 2.0, outputs))
             shift_output(student, layer, torch.linspace(-1, 1, outputs), None)
         before = (student(inputs) - teacher(inputs)).square().sum()
-        regress_layers(teacher, student, read, inputs, generator())
+        regress(teacher, student, read, look(teacher, student, read, inputs, Ctx(torch.device("cpu"), generator())), inputs)
         assert (student(inputs) - teacher(inputs)).square().sum() < 1e-3 * before
     for name in read.layers:
         assert torch.equal(codes_of(student.get_submodule(name)), codes_of(exact.get_submodule(name)))
