@@ -1,7 +1,7 @@
 """From what the user asks for to what every layer gets: bits by protocol and role, and where activations are quantized."""
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -13,7 +13,7 @@ from datafree.graph.flow import ACTIVATIONS, ADDS, MOVES, POOLS, Flow, Layer
 from datafree.graph.points import points
 from datafree.plan import LayerPlan, Plan, QSpec, Target
 
-EDGE_BITS = 8  # in the protocol `deploy`: of the first and last layer, of depthwise layers, and of what enters a residual sum
+EDGE_BITS = 8  # in the protocol `deploy`: of the first and last layer, of depthwise layers, of what enters a residual sum or a concat
 
 
 def make_plan(
@@ -174,7 +174,7 @@ def _activated(flow: Flow, target: Target) -> dict[int, int]:
 
 
 def _deployed(flow: Flow, target: Target) -> dict[int, int]:
-    """Protocol `deploy`: what enters a layer, the pooling before it, and the sums that are quantized afterwards."""
+    """Protocol `deploy`: what enters a layer, the pooling before it, concats, and the sums that are quantized afterwards."""
     assert target.act_bits is not None
     wanted: dict[int, int] = {}
     for layer in flow.layers.values():
@@ -187,11 +187,27 @@ def _deployed(flow: Flow, target: Target) -> dict[int, int]:
             while flow.nodes[source].op in POOLS:
                 source = flow.origin(flow.nodes[source].inputs[0])
                 wanted.setdefault(source, target.act_bits)
+    reaching = _reaching_a_layer(flow)
     for node in () if target.float_shortcuts else reversed(flow.nodes):
         if node.op in ADDS and len(node.inputs) == 2 and _ends_quantized(flow, node.index, wanted):
             for index in node.inputs:
                 wanted.setdefault(flow.origin(index), EDGE_BITS)
+        if node.op == "cat" and node.index in reaching:
+            for source in _before_pools(flow, node.inputs):
+                if flow.nodes[source].op != "cat":  # whose parts are quantized already
+                    wanted.setdefault(source, EDGE_BITS)
     return wanted
+
+
+def _before_pools(flow: Flow, indices: Iterable[int]) -> list[int]:
+    """Where the values of nodes come from, followed back through pooling and what only moves values."""
+    found = []
+    for index in indices:
+        source = flow.origin(index)
+        while flow.nodes[source].op in POOLS:
+            source = flow.origin(flow.nodes[source].inputs[0])
+        found.append(source)
+    return found
 
 
 def _ends_quantized(flow: Flow, index: int, wanted: dict[int, int]) -> bool:

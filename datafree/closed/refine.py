@@ -17,11 +17,11 @@ from datafree.quant.ranges import TINY
 
 # Of the scale, by bits, each tried on every row; where there is no entry, 1 alone.
 FACTORS = MappingProxyType({2: (1.05, 1.15, 1.25, 1.4), 3: (0.95, 1.05, 1.15)})
-SWEEPS = 1
+SWEEPS = MappingProxyType({2: 2, 3: 2})  # of coordinate descent, by bits; where there is no entry, 1
 _COLUMNS = 128  # columns between two products with the errors of all columns
 
 
-def refine(weight: Tensor, hessian: Tensor, scale: Tensor, spec: QSpec, sweeps: int = SWEEPS) -> tuple[Tensor, Tensor]:
+def refine(weight: Tensor, hessian: Tensor, scale: Tensor, spec: QSpec) -> tuple[Tensor, Tensor]:
     """Codes (int16, shape of ``weight``) and scales (groups, out): error feedback at FACTORS times ``scale``, then :func:`descend`.
 
     Each row keeps the factor that serves it best.
@@ -31,7 +31,6 @@ def refine(weight: Tensor, hessian: Tensor, scale: Tensor, spec: QSpec, sweeps: 
         hessian: (groups, n, n), positive semidefinite, or in blocks as for ``error_feedback``.
         scale: (groups, out), where to begin.
         spec: a symmetric grid: uniform or ternary.
-        sweeps: passes of coordinate descent over the columns, each followed by a new scale.
 
     Raises NetworkError for grids with zero points or without 0, and what ``error_feedback`` refuses.
     """
@@ -42,7 +41,7 @@ def refine(weight: Tensor, hessian: Tensor, scale: Tensor, spec: QSpec, sweeps: 
         codes = error_feedback(weight, hessian, scale * factor, spec)
         tried.append((codes, fit_scale(weight, codes, hessian, scale * factor)))
     codes, scale = tried[0] if len(tried) == 1 else _best(weight, hessian, tried)
-    for _ in range(sweeps):
+    for _ in range(SWEEPS.get(spec.bits, 1)):
         codes = descend(weight, codes, hessian, scale, spec)
         scale = fit_scale(weight, codes, hessian, scale)
     return codes, scale
