@@ -97,6 +97,14 @@ def test_deploy_on_a_residual_network() -> None:
     assert acts.unreached == ()
 
 
+def test_deploy_on_a_dense_network() -> None:
+    """What layers put beside what came before is quantized, once: a layer with a float output would run in no integer kernel."""
+    acts = activation_points(*tiny("densenet")[::-1], Target(4, act_bits=4))
+    assert acts.elsewhere == {"block.0.conv2:output": 8, "block.1.conv2:output": 8}
+    shortcuts = activation_points(*tiny("densenet")[::-1], Target(4, act_bits=4, float_shortcuts=True))
+    assert shortcuts.elsewhere == {}
+
+
 def test_paper_on_a_residual_network() -> None:
     """Behind activation functions only: neither the picture, nor the sums, nor what the pool makes."""
     acts = activation_points(*tiny("resnet_basic")[::-1], Target(4, act_bits=4, protocol="paper"))
