@@ -1,9 +1,10 @@
-"""Let batch norms normalise by the statistics of the batch at hand, for as long as it is needed."""
+"""How a network is run to be measured: batch norms by the statistics of the batch at hand, inputs laid out in memory for speed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -23,3 +24,19 @@ def anchored(model: nn.Module) -> Iterator[None]:
     finally:
         for norm, (training, tracked) in zip(norms, before, strict=True):
             norm.training, norm.track_running_stats = training, tracked
+
+
+def channels_last(model: nn.Module, inputs: Tensor) -> Tensor:
+    """The same values, (n, *shape), with the channels of pictures last in memory, which the layers keep: they run faster so.
+
+    As they are where the network does not allow it: a ``view`` of its own may want the channels first.
+    """
+    if inputs.dim() != 4:
+        return inputs
+    laid_out = inputs.contiguous(memory_format=torch.channels_last)
+    try:
+        with torch.no_grad():
+            model(laid_out[:2])
+    except RuntimeError:
+        return inputs
+    return laid_out

@@ -26,7 +26,7 @@ from datafree.closed.successive import followed, successive
 from datafree.context import Ctx
 from datafree.graph.flow import Flow, Layer, read
 from datafree.graph.fold import BatchNorm, norm_vectors
-from datafree.graph.taps import anchored
+from datafree.graph.taps import anchored, channels_last
 from datafree.method import Method, method, option
 from datafree.plan import Plan, QSpec, Target
 from datafree.quant.grid import broadcast, dequantize, quantize
@@ -73,7 +73,7 @@ class Anchor(Method):
         """Make the student: measure, plan, round, range, recalibrate."""
         flow = read(teacher, task, ctx)
         drawn = "pictures" in (self.statistics, self.act_range) or self.own_inputs or self.recalibration != "none"
-        inputs = source_of(self.family, teacher, task, ctx).sample(_count(task)).inputs if drawn else None
+        inputs = channels_last(teacher, source_of(self.family, teacher, task, ctx).sample(_count(task)).inputs) if drawn else None
         statistics = self._statistics(teacher, flow, target, inputs, ctx)
         plan = make_plan(flow, teacher, target, _spec, ctx, self._widths(flow, teacher, target, statistics) if is_mixed(target) else None)
         student = insert(teacher, plan)
@@ -164,6 +164,7 @@ class Anchor(Method):
         """The student with its norms corrected, or its layers if there is none; ``auto`` keeps what is nearest on fresh pictures."""
         powers = {"none": (), "spread": (0.0,), "regression": (1.0,), "auto": (0.0, 0.5, 1.0)}[self.recalibration]
         fresh = pictures(self.family if self.family in ("pink", "white") else "leaves", len(inputs) // 2, task, ctx.generator)
+        fresh = channels_last(teacher, fresh)
         wanted, best, least = answers(teacher, task, fresh), student, math.inf
         for step, power in enumerate(powers, 1):
             candidate = copy.deepcopy(student)

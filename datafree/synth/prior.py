@@ -41,7 +41,7 @@ def pictures(family: Family, n: int, task: Task, generator: torch.Generator) -> 
     leaves = _standard(dead_leaves(n if family == "leaves" else (n + 1) // 2, shape, generator))
     if family == "leaves" or n == 1:
         return leaves
-    batch = _laid_out(leaves.new_empty(n, *shape))
+    batch = leaves.new_empty(n, *shape)
     batch[0::2], batch[1::2] = leaves, _standard(pink_noise(n // 2, shape, generator))
     return batch
 
@@ -159,9 +159,4 @@ def _standard(batch: Tensor) -> Tensor:
     """Mean 0 and variance 1 in each channel; a channel without variation becomes 0."""
     axes = (0, *range(2, batch.dim()))
     batch = batch - batch.mean(axes, keepdim=True)
-    return _laid_out(batch / batch.square().mean(axes, keepdim=True).sqrt().clamp(min=torch.finfo(batch.dtype).tiny))
-
-
-def _laid_out(batch: Tensor) -> Tensor:
-    """Channels last in memory, which every layer then keeps: convolutions, pooling and sampling are faster so."""
-    return batch.contiguous(memory_format=torch.channels_last) if batch.dim() == 4 else batch
+    return batch / batch.square().mean(axes, keepdim=True).sqrt().clamp(min=torch.finfo(batch.dtype).tiny)

@@ -1,10 +1,13 @@
-"""Anchored batch norms: statistics of the batch, the stored affine, and nothing left behind."""
+"""Anchored batch norms: statistics of the batch, the stored affine, and nothing left behind. Channels last where that works."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from datafree.graph.taps import anchored
+import datafree
+from datafree.graph.taps import anchored, channels_last
+from datafree.plan import Target
+from datafree.task import Task
 from networks import NAMES, build
 
 NORMED = tuple(name for name in NAMES if name not in ("without_norm", "transformer"))
@@ -56,3 +59,31 @@ def test_norms_without_statistics_stay_as_they_are() -> None:
     ).eval()
     with anchored(model):
         assert not any(module.training for module in model.modules())
+
+
+class Viewing(nn.Module):
+    """Its view wants the channels of the convolution's output first in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4 * 36, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.fc(torch.relu(self.norm(self.conv(x))).view(len(x), -1))
+        return answer
+
+
+def test_channels_come_last_only_where_the_network_allows_it() -> None:
+    pictures = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    flat = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+    laid_out = channels_last(flat, pictures)
+    assert torch.equal(laid_out, pictures) and laid_out.is_contiguous(memory_format=torch.channels_last)
+    assert flat[0](laid_out).is_contiguous(memory_format=torch.channels_last)
+    assert channels_last(Viewing().eval(), pictures) is pictures
+    assert channels_last(flat, pictures[0]).dim() == 3
+
+
+def test_a_network_that_views_is_quantized() -> None:
+    model = Viewing().eval()
+    student = datafree.quantize(model, Task(shape=(3, 8, 8)), method="anchor", target=Target(4, 8)).student
+    assert torch.isfinite(student(torch.zeros(2, 3, 8, 8))).all()
