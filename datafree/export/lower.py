@@ -22,6 +22,7 @@ from datafree.export.rewrite import (
     drop_points,
     float_weight,
     fold_norms,
+    halve_norms,
     laid_out,
     layer_of,
     marked,
@@ -61,6 +62,7 @@ def lower(model: ir.Model, weights: Mapping[str, Integers], grids: Mapping[str, 
     """Turn the markers of ``model`` into operations, in place."""
     graph = model.graph
     weights = fold_norms(graph, laid_out(graph, weights))
+    halve_norms(graph)
     if style.float_kernels:
         drop_points(graph)
     share_points(graph, grids)

@@ -79,6 +79,26 @@ def fold_norms(graph: ir.Graph, weights: Mapping[str, Integers]) -> dict[str, In
     return found
 
 
+def halve_norms(graph: ir.Graph) -> None:
+    """Batch norms that stay get by with a factor and a shift: means of 0 and variances of 1 are made when the file is loaded."""
+    made: dict[int, tuple[ir.Value, ir.Value]] = {}
+    for norm in [node for node in graph if node.op_type == "BatchNormalization"]:
+        if any(value is None or ir.convenience.get_const_tensor(value) is None for value in norm.inputs[1:]):
+            continue
+        gamma, beta, mean, var = (array(value) for value in norm.inputs[1:])
+        factor = gamma / np.sqrt(var + norm.attributes.get_float("epsilon", 1e-5))
+        pen, size = Pen(graph, norm), len(gamma)
+        if size not in made:  # a norm of this size further down finds them made
+            shape = pen.constant(np.array([size]), "channels")
+            zeros, ones = (pen.op("ConstantOfShape", [shape], {"value": ir.tensor([number])}) for number in (0.0, 1.0))
+            made[size] = zeros, ones
+        norm.replace_input_with(1, pen.constant(factor.astype(np.float32), "factor"))
+        norm.replace_input_with(2, pen.constant((beta - factor * mean).astype(np.float32), "shift"))
+        for place, value in zip((3, 4), made[size], strict=True):
+            norm.replace_input_with(place, value)
+        norm.attributes["epsilon"] = ir.AttrFloat32("epsilon", 0.0)
+
+
 def drop_points(graph: ir.Graph) -> None:
     """Take off all quantizers of activations: between them ONNX Runtime would round the float weights of a layer anew, its own way."""
     for node in marked(graph, "Quantized"):
