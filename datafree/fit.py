@@ -144,6 +144,12 @@ def stalled(window: int = 50, gain: float = 0.01) -> Stop:
     return stop
 
 
+def time_up(seconds: float) -> Stop:
+    """Stop so many seconds from now."""
+    end = time.monotonic() + seconds
+    return lambda losses: time.monotonic() >= end
+
+
 def duration(seconds: float) -> str:
     """Seconds as people say them: ``40 s``, ``3 min``, ``1 h 20 min``."""
     if seconds < 100:
