@@ -75,7 +75,7 @@ class Gdfq(Method):
     generator_rate: float | None = option(None, "learning rate of the generator", at_least=0)
     generator: Size | None = option(None, "channels of the generator: 64 and 32, or 128 and 64 as published")
     statistics: float | None = option(None, "weight of the statistics in the generator's loss; None: as published", at_least=0)
-    classes: float = option(1.0, "weight of the cross-entropy in the student's loss", at_least=0)
+    cross_entropy: float = option(1.0, "weight of the cross-entropy in the student's loss", at_least=0)
     weight: float | None = option(None, "weight of the distance in the student's loss; None: as coded", at_least=0)
     temperature: float = option(20.0, "of the KL divergence", at_least=0.1)
     falling: Falling | None = option(None, "the student's rate: one cycle, a cosine, or both rates tenfold at each quarter of the steps")
@@ -137,7 +137,7 @@ class Gdfq(Method):
             distance="mse" if self.variant == "kmdfq" else "kl",
             weight=as_coded if self.weight is None else self.weight,
             temperature=self.temperature,
-            classes=self.classes,
+            classes=self.cross_entropy,
             act_range=setting.act_range,
             range_batches=self.range_batches,
             percentile=self.percentile,
