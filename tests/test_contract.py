@@ -22,7 +22,13 @@ from networks import NAMES, build
 
 METHODS = tuple(datafree.methods())
 torch.optim.SGD([torch.zeros(1)], 0.1)  # the first optimizer makes torch import its compiler, which opens files of the installation
-FEWER = {"steps": 3, "pictures": 8}  # where a method has such fields: what it owes does not depend on them
+FEWER = {
+    "steps": 3,
+    "warm_up": 3,
+    "range_batches": 2,
+    "batch": 8,
+    "pictures": 8,
+}  # where a method has such fields: what it owes does not depend on them
 TARGETS = (Target((2, 6), protocol="dfmpc"), Target(4, 4, protocol="deploy"), Target(3, 3, protocol="paper"))
 
 

@@ -142,6 +142,46 @@ def test_a_loss_that_is_no_number_is_refused() -> None:
         fit([x], lambda: x.sum() / 0, 3, torch.optim.SGD([x], lr=0.1), context(), "descend")
 
 
+def test_the_term_to_blame_is_named_and_the_parameters_stay() -> None:
+    x = torch.ones(1, requires_grad=True)
+    terms = [{"size": x.sum(), "shape": x.sum()}, {"size": x.sum(), "shape": x.sum() * torch.nan}]
+    with pytest.raises(MethodError, match="^descend: the shape is nan at step 2: lower the learning rate"):
+        fit([x], lambda: terms.pop(0), 3, torch.optim.SGD([x], lr=0.25), context(), "descend")
+    assert x.item() == 0.5, "the terms did not add up, or the bad step was taken"
+
+
+class Drift:
+    """A loss that remembers: its aim moves with every step."""
+
+    def __init__(self, x: Tensor, kill_at: int | None) -> None:
+        self.x, self.kill_at, self.aim = x, kill_at, torch.zeros(1)
+
+    def __call__(self) -> Tensor:
+        if self.aim.item() == self.kill_at:
+            raise Killed
+        self.aim = self.aim + 1
+        return (self.x - self.aim).square().sum()
+
+    def state_dict(self) -> dict[str, object]:
+        return {"aim": self.aim}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        assert isinstance(state["aim"], Tensor)
+        self.aim = state["aim"]
+
+
+def test_what_a_loss_keeps_is_resumed(tmp_path: Path) -> None:
+    def follow(ctx: Ctx, kill_at: int | None = None) -> Tensor:
+        x = torch.ones(1, requires_grad=True)
+        fit([x], Drift(x, kill_at), STEPS, torch.optim.SGD([x], lr=0.1), ctx, "follow")
+        return x.detach()
+
+    expected = follow(context())
+    with pytest.raises(Killed):
+        follow(context(tmp_path), 7)
+    assert torch.equal(follow(context(tmp_path)), expected)
+
+
 def test_gradients_flow_where_they_were_switched_off() -> None:
     with torch.no_grad():
         assert run(context())[1] == run(context())[1]

@@ -11,6 +11,7 @@ from datafree.errors import NetworkError
 from datafree.graph.taps import anchored
 from datafree.plan import QSpec
 from datafree.quant.insert import quantizers
+from datafree.quant.quantizer import Quantizer
 from datafree.quant.ranges import Rule, channel_rows, fit, from_range
 from datafree.task import Task
 
@@ -68,9 +69,40 @@ def observe_percentile(
     watch(student, batches, {point: looking(point) for point in points}, run)
     _check_seen([point for point, seen in ends.items() if not seen])
     for point, quantizer in points.items():
-        low, high = torch.stack(ends[point]).mean(0)
-        scale, zero = from_range(low, high, quantizer.spec)
-        quantizer.set(*((scale[0], zero[0]) if quantizer.spec.axis is None else (scale, zero)))
+        _set_ends(quantizer, torch.stack(ends[point]).mean(0))
+
+
+@torch.no_grad()
+def observe_moving(student: nn.Module, batches: Iterable[Tensor], run: Callable[[nn.Module, Tensor], object]) -> None:
+    """As :func:`observe`, with min-max ranges that move from batch to batch and quantize what passes: GDFQ's (arXiv 2003.03603).
+
+    Differs: the momentum at batch n is min(0.9, 1 - 1/n), a mean at first, since the published correction of the bias writes its result
+    back into what it corrects, and takes a constant 1 to 4000 before it comes back.
+    """
+    points = quantizers(student)
+    ends: dict[str, tuple[int, Tensor]] = {}
+
+    def moving(point: str) -> Hook:
+        quantizer = points[point]
+
+        def move(module: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> Tensor:
+            rows = channel_rows(args[0], quantizer.spec.axis)
+            found = torch.stack([rows.amin(1), rows.amax(1)])
+            n, before = ends.get(point, (0, found))
+            ends[point] = n + 1, found.lerp(before, min(0.9, 1 - 1 / (n + 1)))
+            _set_ends(quantizer, ends[point][1])
+            return quantizer.forward(args[0])
+
+        return move
+
+    watch(student, batches, {point: moving(point) for point in points}, run)
+    _check_seen([point for point in points if point not in ends])
+
+
+def _set_ends(quantizer: Quantizer, ends: Tensor) -> None:
+    """The range between ``ends``, (2, channels)."""
+    scale, zero = from_range(ends[0], ends[1], quantizer.spec)
+    quantizer.set(*((scale[0], zero[0]) if quantizer.spec.axis is None else (scale, zero)))
 
 
 def _check_seen(blind: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ network itself is never changed.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, final
+from typing import Literal, Protocol, final
 
 import torch
 import torch.nn.functional as F
@@ -95,6 +95,25 @@ class Recipe:
     stop: Stop | None = None
 
 
+class Views(Protocol):
+    """How inputs are shown to a network, see :class:`Recipe`."""
+
+    @property
+    def flip(self) -> bool:
+        """Whether inputs are mirrored by chance."""
+        ...
+
+    @property
+    def roll(self) -> int:
+        """By how many pixels a batch is shifted at most."""
+        ...
+
+    @property
+    def crop(self) -> float:
+        """The least share of the sides that is seen."""
+        ...
+
+
 def source_of(family: Pictures, teacher: nn.Module, task: Task, ctx: Ctx, recipe: Recipe | None = None) -> Source:
     """The source of the pictures called ``family``: procedural ones, or ``distilled``, optimised for ``teacher`` as ``recipe`` says.
 
@@ -136,7 +155,7 @@ class Pixels:
         generator, size = self.ctx.generator, self.recipe.batch
         labels = None
         if self.recipe.classes:
-            labels = torch.randperm(n, generator=generator, device=generator.device) % self._classes()
+            labels = torch.randperm(n, generator=generator, device=generator.device) % count_classes(self.teacher, self.task, self.ctx)
         margins = self._margins()
         parts = [range(first, min(first + size, n)) for first in range(0, n, size)]
         found = []
@@ -202,17 +221,20 @@ class Pixels:
         with norm_moments(self.teacher) as seen:
             return margins_of(self._look(self.task.noise(_GAUSSIAN_INPUTS, self.ctx.generator), seen)[1], self.recipe.slack)
 
-    @torch.no_grad()
-    def _classes(self) -> int:
-        answer = self.task.run(self.teacher, torch.zeros(2, *self.task.shape, device=self.ctx.device))
-        if answer.dim() != 2 or answer.shape[1] < 2:
-            raise NetworkError(
-                f"the network answers {tuple(answer.shape)}, but pictures of classes need (n, classes): leave the classes out"
-            )
-        return answer.shape[1]
+
+@torch.no_grad()
+def count_classes(teacher: nn.Module, task: Task, ctx: Ctx) -> int:
+    """How many classes the network's answer tells apart. Raises NetworkError where it is no row of logits for each input."""
+    answer = task.run(teacher, torch.zeros(2, *task.shape, device=ctx.device))
+    if answer.dim() != 2 or answer.shape[1] < 2:
+        raise NetworkError(
+            f"the network answers {tuple(answer.shape)}, but pictures of classes need (n, classes): leave the classes out, or take a "
+            "method that knows none, such as anchor"
+        )
+    return answer.shape[1]
 
 
-def augmented(pixels: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
+def augmented(pixels: Tensor, recipe: Views, generator: torch.Generator) -> Tensor:
     """What the network is shown of ``pixels``, (n, channels, *sizes): mirrored, shifted, cropped, at the same size."""
     x, device, axes = pixels.clone(), generator.device, tuple(range(2, pixels.dim()))
     if recipe.flip and axes:

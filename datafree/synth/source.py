@@ -18,10 +18,17 @@ NONE: Terms = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs as the network takes them, (n, *shape), and the class of each, (n,), where the source knows it."""
+    """Inputs, and what the source knows of them.
+
+    Args:
+        inputs: as the network takes them, (n, *shape).
+        labels: what each is meant to show: its class, (n,), or its shares of all classes, (n, classes).
+        answer: what the teacher answers to them.
+    """
 
     inputs: Tensor
     labels: Tensor | None = None
+    answer: Tensor | None = None
 
 
 class Source(Protocol):

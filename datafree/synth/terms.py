@@ -150,7 +150,7 @@ def _fair(weight: Tensor) -> Tensor:
 
 
 def class_entropy(answer: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy in nats of the logits, (n, classes), to the classes that the inputs are meant to show, (n,)."""
+    """Cross-entropy in nats of the logits, (n, classes), to what the inputs are meant to show: classes (n,), or shares (n, classes)."""
     _check_logits(answer)
     return F.cross_entropy(answer.float(), labels)
 
@@ -158,8 +158,13 @@ def class_entropy(answer: Tensor, labels: Tensor) -> Tensor:
 def entropy(answer: Tensor) -> Tensor:
     """How undecided the answers are: mean entropy in nats of the softmax of the logits, (n, classes)."""
     _check_logits(answer)
+    return entropies(answer).mean()
+
+
+def entropies(answer: Tensor) -> Tensor:
+    """Entropy in nats of the softmax of each input's logits, (n, classes) -> (n,)."""
     logarithm = answer.float().log_softmax(1)
-    return -(logarithm.exp() * logarithm).sum(1).mean()
+    return -(logarithm.exp() * logarithm).sum(1)
 
 
 def total_variation(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Ranges that hold a percentile of what passes, against sorting; the other rules are tested with the quantizers."""
+"""Ranges that hold a percentile of what passes, against sorting, and ranges that move; the others are tested with the quantizers."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from datafree.errors import NetworkError
 from datafree.plan import Plan, QSpec
 from datafree.quant.insert import insert, quantizers
-from datafree.quant.observe import observe_percentile
+from datafree.quant.observe import observe_moving, observe_percentile
 
 
 def student(axis: int | None = None) -> nn.Module:
@@ -46,3 +46,38 @@ def test_activations_pass_unchanged_meanwhile_and_hooks_go() -> None:
 def test_a_point_that_sees_nothing_is_named() -> None:
     with pytest.raises(NetworkError, match="no value passed 0:input"):
         observe_percentile(student(), [], 99.0, lambda each, x: each(x))
+
+
+def moved(values: list[float]) -> list[float]:
+    """The end of the range after each batch of a constant."""
+    model, found = student(), []
+    (quantizer,) = quantizers(model).values()
+
+    def run(each: nn.Module, x: Tensor) -> None:
+        each(x)
+        found.append(255 * float(quantizer.scale))
+
+    observe_moving(model, [torch.full((1, 2, 1, 1), value) for value in values], run)
+    return found
+
+
+def test_a_constant_moves_no_range() -> None:
+    assert moved([1.0] * 150) == pytest.approx([1.0] * 150, rel=1e-6)
+
+
+def test_ranges_are_the_mean_of_few_batches_and_forget_the_first_of_many() -> None:
+    values = [float(value) for value in range(1, 41)]
+    found = moved(values)
+    assert found[:10] == pytest.approx([sum(values[:n]) / n for n in range(1, 11)])
+    expected = found[9]
+    for value, end in zip(values[10:], found[10:], strict=True):
+        expected = 0.9 * expected + 0.1 * value
+        assert end == pytest.approx(expected)
+
+
+def test_what_passes_is_quantized_by_the_range_so_far() -> None:
+    model, answers = student(), []
+    observe_moving(model, batches(), lambda each, x: answers.append(each(x)))
+    assert torch.equal(model(batches()[-1]), answers[-1]) and not any(each._forward_hooks for each in quantizers(model).values())
+    with pytest.raises(NetworkError, match="no value passed 0:input"):
+        observe_moving(student(), [], lambda each, x: each(x))

@@ -1,0 +1,268 @@
+"""Conditional generators: a network that draws inputs of classes, taught by a classifier it never sees the data of (GDFQ, 2003.03603).
+
+Two forms, by how the class enters: as a factor on the noise (published for pictures of 32 pixels), or as gain and bias of the norms
+(for 224). Any number of channels and of spatial axes, any sides.
+
+Legend: n inputs, K classes that one input shows, z noise, y classes.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import MultiStepLR
+
+from datafree.context import Ctx
+from datafree.errors import NetworkError
+from datafree.fit import Stop, fit, total
+from datafree.graph.swap import frozen_copy
+from datafree.synth.noise import count_classes
+from datafree.synth.source import Batch, Terms
+from datafree.synth.terms import Gap, class_entropy, gaps, norm_moments, statistics, stored_moments
+from datafree.task import Task
+
+Form = Literal["factor", "norms"]
+
+_CONVS: tuple[type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS: tuple[type[nn.BatchNorm1d] | type[nn.BatchNorm2d] | type[nn.BatchNorm3d], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_LARGE = 64  # from this side on the class enters by the norms
+_EPS = 0.8  # of the norms behind convolutions: meant as a momentum once, and in every figure since
+
+
+@dataclass(frozen=True)
+class Blend:
+    """What each of n inputs is meant to show: ``classes`` (n, K), and the share of each, (n, K), which add up to 1."""
+
+    classes: Tensor
+    shares: Tensor
+
+    def mean(self, table: nn.Embedding) -> Tensor:
+        """The entries of the classes, weighted by their shares: (n, width)."""
+        entries: Tensor = table(self.classes)
+        return (self.shares[:, :, None] * entries).sum(1)
+
+    def labels(self, classes: int) -> Tensor:
+        """Classes, (n,), where each input shows one; else the shares of all, (n, classes), those of a class drawn twice added."""
+        if self.classes.shape[1] == 1:
+            return self.classes[:, 0]
+        return torch.zeros(len(self.classes), classes, device=self.shares.device).scatter_add_(1, self.classes, self.shares)
+
+
+Policy = Callable[[int, int, torch.Generator], Blend]
+
+
+def one_class(n: int, classes: int, generator: torch.Generator) -> Blend:
+    """Each input shows one class, all as likely."""
+    drawn = torch.randint(classes, (n, 1), generator=generator, device=generator.device)
+    return Blend(drawn, torch.ones(n, 1, device=generator.device))
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the teacher makes of generated inputs: its answer (n, classes), and the gap of each of its norms over the batch."""
+
+    inputs: Tensor
+    labels: Tensor
+    answer: Tensor
+    found: list[Gap]
+
+
+Objective = Callable[[Look, nn.Module], Terms]
+
+
+@dataclass(frozen=True)
+class Convincing:
+    """GDFQ's loss of a generator: the teacher sees the wanted classes, and its norms the statistics they have stored.
+
+    Differs: statistics are means and variances, averaged over channels and layers, as in the published code; the paper sums squared
+    distances of means and deviations. ``classes`` and ``statistics`` are the weights of the two.
+    """
+
+    classes: float = 1.0
+    statistics: float = 0.1
+
+    def __call__(self, look: Look, student: nn.Module) -> Terms:
+        """The terms; no statistics where the teacher has no norms."""
+        terms = {"cross-entropy": self.classes * class_entropy(look.answer, look.labels)}
+        if look.found:
+            terms["bn_statistics"] = self.statistics * statistics(look.found, "layer")
+        return terms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A generator and how it learns; the defaults are GDFQ's.
+
+    Args:
+        batch: inputs of a step.
+        rate: learning rate of Adam, betas 0.5 and 0.999.
+        milestones: numbers of steps after which the rate falls tenfold.
+        latent: numbers of noise.
+        widths: channels of its convolutions. The published ones take three times the time of a ResNet-20, (64, 32) a quarter of that.
+        form: how the class enters; None: as published for inputs of this size.
+        policy: which classes are drawn.
+        objective: its loss; it may run the student, and the gradient reaches the generator through it.
+    """
+
+    batch: int = 200
+    rate: float = 1e-3
+    milestones: tuple[int, ...] = ()
+    latent: int = 100
+    widths: tuple[int, int] = (128, 64)
+    form: Form | None = None
+    policy: Policy = one_class
+    objective: Objective = Convincing()
+
+
+@final
+class Generator(nn.Module):
+    """From noise (n, latent) and classes to inputs (n, *shape), each channel near mean 0 and variance 1 over the batch.
+
+    Every norm takes the statistics of the batch: there are none to store. Parameters are drawn as torch does, but from ``generator``.
+    """
+
+    def __init__(self, shape: tuple[int, ...], classes: int, form: Form, recipe: Recipe, generator: torch.Generator) -> None:
+        """Raises NetworkError for a ``shape`` without one to three spatial axes."""
+        super().__init__()
+        axes = len(shape) - 1
+        if not 1 <= axes <= 3:
+            raise NetworkError(f"a generator draws inputs with 1 to 3 spatial axes, not {shape}: take a method without one, such as anchor")
+        wide, narrow = recipe.widths
+        self.shape, self.start = shape, tuple(math.ceil(side / 4) for side in shape[1:])
+        with torch.device("meta"):
+            self.embedding = nn.Embedding(classes, recipe.latent) if form == "factor" else None
+            self.linear = nn.Linear(recipe.latent, wide * math.prod(self.start))
+            self.norms = nn.ModuleList(
+                _ClassNorm(width, eps, axes, classes if form == "norms" else None)
+                for width, eps in ((wide, 1e-5), (wide, _EPS), (narrow, _EPS))
+            )
+            channels = (wide, wide, narrow, shape[0])
+            self.convs = nn.ModuleList(_CONVS[axes - 1](*pair, 3, padding=1) for pair in zip(channels, channels[1:], strict=False))
+            self.last = _NORMS[axes - 1](shape[0], affine=False, track_running_stats=False)
+        self.to_empty(device=generator.device)
+        _draw(self, generator)
+
+    def forward(self, z: Tensor, blend: Blend) -> Tensor:
+        if self.embedding is not None:
+            z = z * blend.mean(self.embedding)
+        x = self.linear(z).unflatten(1, (-1, *self.start))
+        x = self.norms[0](x, blend)
+        for conv, norm in zip(self.convs[:2], self.norms[1:], strict=True):
+            x = F.leaky_relu(norm(conv(F.interpolate(x, scale_factor=2.0)), blend), 0.2)
+        x = torch.tanh(self.convs[2](x))
+        for axis, side in enumerate(self.shape[1:], 2):
+            x = x.narrow(axis, 0, side)
+        inputs: Tensor = self.last(x)
+        return inputs
+
+
+class _ClassNorm(nn.Module):
+    """Batch norm with one affine for all, or with gain and bias of each class."""
+
+    def __init__(self, width: int, eps: float, axes: int, classes: int | None) -> None:
+        super().__init__()
+        self.norm = _NORMS[axes - 1](width, eps, affine=classes is None, track_running_stats=False)
+        self.gain = None if classes is None else nn.Embedding(classes, width)
+        self.bias = None if classes is None else nn.Embedding(classes, width)
+
+    def forward(self, x: Tensor, blend: Blend) -> Tensor:
+        x = self.norm(x)
+        if self.gain is None or self.bias is None:
+            return x
+        gain, bias = (blend.mean(table).reshape(*x.shape[:2], *(1,) * (x.dim() - 2)) for table in (self.gain, self.bias))
+        return gain * x + bias
+
+
+@torch.no_grad()
+def _draw(model: Generator, generator: torch.Generator) -> None:
+    """Initial values: those of torch's layers; gains 1 and biases 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            bound = module.weight[0].numel() ** -0.5
+            for each in module.parameters():
+                nn.init.uniform_(each, -bound, bound, generator)
+        elif isinstance(module, _ClassNorm):
+            if module.gain is not None and module.bias is not None:
+                nn.init.ones_(module.gain.weight)
+                nn.init.zeros_(module.bias.weight)
+            module.norm.reset_parameters()
+    if model.embedding is not None:
+        nn.init.normal_(model.embedding.weight, generator=generator)
+
+
+@final
+class Conditional:
+    """A source of generated inputs with labels, that learns one step at every update."""
+
+    def __init__(self, teacher: nn.Module, task: Task, ctx: Ctx, recipe: Recipe | None = None) -> None:
+        """Raises NetworkError where the network's answer is no row of logits, or its input has no spatial axes.
+
+        A network without batch norms has no statistics to be met: a note says so, and the classes are all that the generator learns.
+        """
+        self.teacher, self.task, self.ctx = frozen_copy(teacher), task, ctx
+        self.recipe = recipe or Recipe()
+        self.classes, self.stored = count_classes(self.teacher, task, ctx), stored_moments(self.teacher)
+        if not self.stored:
+            ctx.note("the network has no batch norms with statistics that a generator could meet: it learns from the classes alone")
+        form = self.recipe.form or ("norms" if max(task.shape[1:], default=0) >= _LARGE else "factor")
+        self.generator = Generator(task.shape, self.classes, form, self.recipe, ctx.generator)
+        self.params = list(self.generator.parameters())
+        self.optimizer = torch.optim.Adam(self.params, self.recipe.rate, (0.5, 0.999))
+        self.schedule = MultiStepLR(self.optimizer, list(self.recipe.milestones))
+        self._fresh: Batch | None = None
+
+    @torch.no_grad()
+    def sample(self, n: int) -> Batch:
+        """``n`` inputs with labels: those of the last update, once, if they are enough, and with them the teacher's answer."""
+        fresh, self._fresh = self._fresh, None
+        if fresh is not None and fresh.labels is not None and fresh.answer is not None and n <= len(fresh.inputs):
+            return Batch(fresh.inputs[:n], fresh.labels[:n], fresh.answer[:n])
+        return Batch(*self._generate(n))
+
+    def update(self, student: nn.Module) -> Terms:
+        """One step of Adam. Raises MethodError, naming the term, before it takes one on a loss that is not finite."""
+        look = self._look()
+        terms = self.recipe.objective(look, student)
+        loss = total(terms, "generator", self.schedule.last_epoch + 1)
+        self.optimizer.zero_grad()
+        loss.backward(inputs=self.params)  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.schedule.step()
+        self._fresh = Batch(look.inputs.detach(), look.labels, look.answer.detach())
+        return {name: term.detach() for name, term in terms.items()}
+
+    def learn(self, steps: int, student: nn.Module, stop: Stop | None = None) -> list[float]:
+        """So many steps at once, as ``fit`` takes them: with progress and checkpoints; returns the loss before each."""
+        loss = lambda: self.recipe.objective(self._look(), student)  # noqa: E731
+        return fit(self.params, loss, steps, self.optimizer, self.ctx, "generator", self.schedule, stop)
+
+    def state_dict(self) -> dict[str, object]:
+        """Parameters, and states of optimizer and schedule."""
+        return {name: part.state_dict() for name, part in self._parts().items()}
+
+    def load_state_dict(self, state: dict[str, dict[str, object]]) -> None:
+        """Take back what :meth:`state_dict` gave."""
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+
+    def _parts(self) -> dict[str, nn.Module | torch.optim.Optimizer | MultiStepLR]:
+        return {"generator": self.generator, "optimizer": self.optimizer, "schedule": self.schedule}
+
+    def _generate(self, n: int) -> tuple[Tensor, Tensor]:
+        """Inputs and their labels."""
+        if n < 1:
+            raise NetworkError(f"{n} inputs were asked for: at least 1 is needed")
+        random = self.ctx.generator
+        z = torch.randn(n, self.recipe.latent, generator=random, device=random.device)
+        blend = self.recipe.policy(n, self.classes, random)
+        return self.generator(z, blend), blend.labels(self.classes)
+
+    def _look(self) -> Look:
+        inputs, labels = self._generate(self.recipe.batch)
+        with norm_moments(self.teacher) as seen:
+            answer = self.task.run(self.teacher, inputs)
+        return Look(inputs, labels, answer, gaps(seen, self.stored, per_image=False, spread="variance"))

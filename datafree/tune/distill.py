@@ -1,0 +1,289 @@
+"""Distillation: the student's weights follow the gradient until it answers as its teacher, on the inputs of any source.
+
+All of the student's parameters are trained: the float weights behind the quantized ones (through a straight-through gradient), biases,
+and the affine parts of norms, whose statistics stay as they are. Activation ranges are set once before and then stay.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from datafree.context import Ctx
+from datafree.errors import MethodError
+from datafree.fit import Stateful, duration, fit
+from datafree.quant.insert import latent_weight, quantized_layers, quantizers, weight_quantizer
+from datafree.quant.observe import observe_moving, observe_percentile
+from datafree.quant.ranges import minmax
+from datafree.synth.noise import augmented
+from datafree.synth.source import Source, Terms
+from datafree.synth.terms import class_entropy
+from datafree.task import Task
+from datafree.tune.terms import adaptability, kl, l1, mse
+
+Distance = Literal["kl", "mse", "l1", "adaptability"]
+ActRange = Literal["moving", "percentile", "stay"]
+Gradient = Literal["masked", "identity"]
+Falling = Literal["one-cycle", "cosine", "steps"]
+
+_RISE = 0.3  # of a one-cycle schedule
+_FIRST = 1 / 25  # of the full rate, in its beginning
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a student is trained; the defaults suit some hundred steps.
+
+    Args:
+        batch: inputs of a step.
+        rate: learning rate of SGD with Nesterov momentum 0.9.
+        falling: along a cosine, after a rise over the first third (``one-cycle``) or from the start, or tenfold at each of ``milestones``.
+        milestones: shares of all steps.
+        weight_decay: of all parameters.
+        clip: the largest norm of the gradient; None: any.
+        distance: of the logits, see ``tune.terms``.
+        weight: of the distance.
+        temperature: of kl and adaptability.
+        classes: weight of the cross-entropy to the labels of the source; 0: labels are not needed.
+        weight_range: ``follow``: the min-max range of the float weights, anew for each step; ``stay``: as it was.
+        act_range: ``moving``: :func:`observe_moving`; ``percentile``: :func:`observe_percentile`; ``stay``: as they were.
+        range_batches: of the source, shown to the student before it learns, that tell the activation ranges.
+        percentile: of the values that a range holds at either end.
+        gradient: of a rounded value that had to be clipped: none (``masked``), or that of the identity all the same.
+        average: the student ends with the mean of its weights over so large a share of the training, its last; 0: as the last step
+            leaves them.
+        flip: mirror each input or not, by chance.
+        roll: shift a batch by up to so many pixels, what leaves on one side entering on the other.
+        crop: show a random part of the batch, its sides of this share at least, at the full size; 1: all of it.
+        mixup: share of the steps whose inputs and labels are mixtures of two (arXiv 1710.09412).
+        max_seconds: when to stop, rates and average following the clock where it is ahead of the steps; None: never.
+    """
+
+    batch: int = 64
+    rate: float = 5e-3
+    falling: Falling = "one-cycle"
+    milestones: tuple[float, ...] = (0.25, 0.5, 0.75)
+    weight_decay: float = 1e-4
+    clip: float | None = 5.0
+    distance: Distance = "mse"
+    weight: float = 1.0
+    temperature: float = 1.0
+    classes: float = 0.0
+    weight_range: Literal["follow", "stay"] = "follow"
+    act_range: ActRange = "percentile"
+    range_batches: int = 2
+    percentile: float = 99.9
+    gradient: Gradient = "masked"
+    average: float = 0.2
+    flip: bool = False
+    roll: int = 0
+    crop: float = 1.0
+    mixup: float = 0.0
+    max_seconds: float | None = None
+
+
+def distill(
+    teacher: nn.Module, student: nn.Module, task: Task, source: Source, steps: int, ctx: Ctx, recipe: Recipe | None = None
+) -> list[float]:
+    """Train ``student`` in place on batches of ``source``, which is updated before each of them; returns the loss before each step.
+
+    Args:
+        teacher: the float network, in eval mode; it stays as it is.
+        student: in eval mode, from ``quant.insert``; it keeps its plan.
+        task: inputs and answer of both.
+        source: of the inputs; one that is ``fit.Stateful`` is checkpointed with the student.
+        steps: how many at most, see ``Recipe.max_seconds``; 0 sets the ranges alone.
+        ctx: its folder, if it has one, holds the checkpoints; random draws take its generator.
+        recipe: the default one unless given.
+
+    Raises:
+        MethodError: a loss or gradient is not finite, and the message names it; the student stays as the last good step left it. Or an
+            activation has no range, or labels are missing, where the recipe takes them as given.
+    """
+    recipe = recipe or Recipe()
+    _set_ranges(student, task, source, recipe)
+    params = [each for each in student.parameters() if each.is_floating_point()]
+    lesson = _Lesson(teacher, student, task, source, steps, ctx, recipe)
+    optimizer = torch.optim.SGD(params, recipe.rate, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay)
+    optimizer.register_step_pre_hook(lambda *_: _check_gradient(params, recipe.clip, lesson.taken + 1))
+    optimizer.register_step_post_hook(lambda *_: lesson.count())
+    schedule = LambdaLR(optimizer, lambda _: _factor(lesson.progress(), recipe))
+    with _trainable(params), _gradient(student, recipe.gradient):
+        try:
+            losses = fit(params, lesson, steps, optimizer, ctx, "distill", schedule, lambda _: lesson.over())
+            lesson.take_average()
+        finally:
+            _follow(student, recipe)
+    if len(losses) < steps:
+        ctx.note(f"distill: stopped after {len(losses)} of {steps} steps, when its {duration(recipe.max_seconds or 0)} were over")
+    return losses
+
+
+@final
+class _Lesson:
+    """The loss of a step, and all that it keeps: what the source has learned, the mean of the weights, the time."""
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, task: Task, source: Source, steps: int, ctx: Ctx, recipe: Recipe) -> None:
+        self.teacher, self.student, self.task, self.source = teacher, student, task, source
+        self.steps, self.recipe, self.generator = steps, recipe, ctx.generator
+        self.params = [each for each in student.parameters() if each.is_floating_point()]
+        self.mean = [torch.zeros_like(each) for each in self.params]
+        self.averaged = self.taken = 0
+        self.begun, self.before = time.monotonic(), 0.0
+
+    def __call__(self) -> Terms:
+        """The terms of the student's loss on a new batch; the source is updated first."""
+        recipe = self.recipe
+        _follow(self.student, recipe)
+        self.source.update(self.student)
+        x, labels, t = self._shown()
+        s = self.task.run(self.student, x)
+        terms: dict[str, Tensor] = {recipe.distance: recipe.weight * self._distance(t, s)}
+        if recipe.classes:
+            if labels is None:
+                raise MethodError("the source does not know what its inputs show: take a weight of 0 for the classes")
+            terms["cross-entropy"] = recipe.classes * class_entropy(s, labels)
+        return terms
+
+    @torch.no_grad()
+    def _shown(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Inputs, labels and the teacher's answer."""
+        recipe, batch = self.recipe, self.source.sample(self.recipe.batch)
+        x, labels = augmented(batch.inputs, recipe, self.generator), batch.labels
+        device = self.generator.device
+        mixes = recipe.mixup > 0 and float(torch.rand((), generator=self.generator, device=device)) < recipe.mixup
+        if mixes:
+            order = torch.randperm(len(x), generator=self.generator, device=device)
+            share = torch.rand((), generator=self.generator, device=device)
+            x = torch.lerp(x[order], x, share)
+        known = batch.answer is not None and not (mixes or recipe.flip or recipe.roll or recipe.crop < 1)
+        t = batch.answer if known and batch.answer is not None else self.task.run(self.teacher, x)
+        if mixes and labels is not None:
+            shares = F.one_hot(labels, t.shape[1]).to(t.dtype) if labels.dim() == 1 else labels
+            labels = torch.lerp(shares[order], shares, share)
+        return x, labels, t
+
+    def _distance(self, t: Tensor, s: Tensor) -> Tensor:
+        match self.recipe.distance:
+            case "kl":
+                return kl(t, s, self.recipe.temperature)
+            case "adaptability":
+                return adaptability(t, s, self.recipe.temperature)
+            case "mse":
+                return mse(t, s)
+            case "l1":
+                return l1(t, s)
+
+    def seconds(self) -> float:
+        """How long the training has lasted, that before a kill included."""
+        return self.before + time.monotonic() - self.begun
+
+    def progress(self) -> float:
+        """The share of the training that is over, 0 to 1."""
+        limit = self.recipe.max_seconds
+        return min(1.0, max(self.taken / max(1, self.steps), 0.0 if limit is None else self.seconds() / max(limit, 1e-9)))
+
+    def over(self) -> bool:
+        """Whether the time is up."""
+        return self.recipe.max_seconds is not None and self.seconds() >= self.recipe.max_seconds
+
+    @torch.no_grad()
+    def count(self) -> None:
+        """Take note of a step that was taken."""
+        self.taken += 1
+        if self.recipe.average and self.progress() >= 1 - self.recipe.average:
+            self.averaged += 1
+            for mean, param in zip(self.mean, self.params, strict=True):
+                mean.lerp_(param, 1 / self.averaged)
+
+    @torch.no_grad()
+    def take_average(self) -> None:
+        """Give the student the mean of its weights, if there is one yet."""
+        for mean, param in zip(self.mean, self.params, strict=True) if self.averaged else ():
+            param.copy_(mean)
+
+    def state_dict(self) -> dict[str, object]:
+        """What the next step depends on beside the parameters."""
+        source = self.source.state_dict() if isinstance(self.source, Stateful) else {}
+        return {"source": source, "mean": self.mean, "averaged": self.averaged, "taken": self.taken, "seconds": self.seconds()}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Take back what :meth:`state_dict` gave."""
+        source, mean, averaged, taken, seconds = (state[key] for key in ("source", "mean", "averaged", "taken", "seconds"))
+        assert isinstance(source, dict) and isinstance(mean, list)
+        assert isinstance(averaged, int) and isinstance(taken, int) and isinstance(seconds, float)
+        if isinstance(self.source, Stateful):
+            self.source.load_state_dict(source)
+        self.mean, self.averaged, self.taken, self.before, self.begun = mean, averaged, taken, seconds, time.monotonic()
+
+
+def _set_ranges(student: nn.Module, task: Task, source: Source, recipe: Recipe) -> None:
+    points = quantizers(student)
+    batches = (source.sample(recipe.batch).inputs for _ in range(recipe.range_batches))
+    if points and recipe.act_range == "moving":
+        observe_moving(student, batches, task.run)
+    elif points and recipe.act_range == "percentile":
+        observe_percentile(student, batches, recipe.percentile, task.run)
+    elif unset := [point for point, quantizer in points.items() if not quantizer.ready]:
+        raise MethodError(f"the ranges of {', '.join(unset[:5])} cannot stay as they are, unset: take moving ones or a percentile")
+
+
+@torch.no_grad()
+def _follow(student: nn.Module, recipe: Recipe) -> None:
+    for layer in quantized_layers(student).values() if recipe.weight_range == "follow" else ():
+        quantizer = weight_quantizer(layer)
+        quantizer.set(*minmax(latent_weight(layer), quantizer.spec))
+
+
+def _check_gradient(params: list[nn.Parameter], clip: float | None, step: int) -> None:
+    """Clip the gradient. Raises MethodError where it is not finite."""
+    norm = float(nn.utils.clip_grad_norm_(params, math.inf if clip is None else clip))
+    if not math.isfinite(norm):
+        raise MethodError(f"distill: the gradient of the student is {norm} at step {step}: lower the learning rate")
+
+
+def _factor(progress: float, recipe: Recipe) -> float:
+    """What the rate is multiplied with when so large a share of the training is over."""
+    if recipe.falling == "steps":
+        return float(0.1 ** sum(progress >= each for each in recipe.milestones))
+    rise = _RISE if recipe.falling == "one-cycle" else 0.0
+    if progress < rise:
+        return _FIRST + (1 - _FIRST) * (1 - math.cos(math.pi * progress / rise)) / 2
+    return (1 + math.cos(math.pi * (progress - rise) / (1 - rise))) / 2
+
+
+@contextmanager
+def _trainable(params: list[nn.Parameter]) -> Iterator[None]:
+    before = [each.requires_grad for each in params]
+    try:
+        for each in params:
+            each.requires_grad_()
+        yield
+    finally:
+        for each, needed in zip(params, before, strict=True):
+            each.requires_grad_(needed)
+            each.grad = None
+
+
+@contextmanager
+def _gradient(student: nn.Module, kind: Gradient) -> Iterator[None]:
+    """While it lasts, the quantizers of weights and activations hand gradients back in this way; their values stay the same."""
+    all_of_them = (*quantizers(student).values(), *map(weight_quantizer, quantized_layers(student).values()))
+    handles = [each.register_forward_hook(_straight_through) for each in all_of_them if kind == "identity"]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _straight_through(module: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> Tensor:
+    (x,) = args
+    return result.detach() + (x - x.detach())

@@ -1,0 +1,275 @@
+"""A student learns its teacher's answers, keeps what it must, and comes to the same bits after a kill."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from datafree import fit as loop
+from datafree.bits.allocate import make_plan
+from datafree.closed.regress import divergence
+from datafree.context import Ctx, Event
+from datafree.errors import MethodError
+from datafree.graph.flow import Layer, read
+from datafree.plan import QSpec, Target
+from datafree.quant.freeze import freeze, materialise
+from datafree.quant.insert import insert, latent_weight, quantized_layers, quantizers, weight_quantizer
+from datafree.quant.ranges import minmax
+from datafree.synth.generator import Conditional
+from datafree.synth.generator import Recipe as Generation
+from datafree.synth.prior import pictures
+from datafree.synth.source import Batch, Pool, Prior, Source
+from datafree.tune import distill as module_under_test
+from datafree.tune.distill import Recipe, distill
+from datafree.zoo.digits import digits
+
+MODEL, TASK = digits()
+STEPS = 6
+QUICK = Recipe(batch=8, range_batches=1, rate=1e-3, clip=1e3)
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+def spec(layer: Layer, bits: int) -> QSpec:
+    return QSpec(bits, symmetric=False, axis=layer.out_axis)
+
+
+def untrained(bits: int = 3) -> nn.Module:
+    ctx = Ctx.create(0)
+    flow = read(MODEL, TASK, ctx)
+    return insert(MODEL, make_plan(flow, MODEL, Target(bits, bits, protocol="paper"), spec, ctx)).requires_grad_(False)
+
+
+def trained(recipe: Recipe = QUICK, steps: int = STEPS, ctx: Ctx | None = None, source: Source | None = None) -> nn.Module:
+    student, ctx = untrained(), ctx or Ctx.create(0)
+    distill(MODEL, student, TASK, source or Prior("mix", TASK, ctx.generator), steps, ctx, recipe)
+    return student
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: each.clone() for name, each in model.state_dict().items()}
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(each, other.state_dict()[name]) for name, each in one.state_dict().items())
+
+
+def labelled(n: int = 64) -> Pool:
+    """Digits that nobody drew, each with the class the network gives it."""
+    inputs = pictures("mix", n, TASK, torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        return Pool(Batch(inputs, MODEL(inputs).argmax(1)), torch.Generator().manual_seed(6))
+
+
+@pytest.mark.parametrize("distance", ("mse", "kl", "l1", "adaptability"))
+def test_a_student_comes_nearer_to_its_teacher_on_inputs_it_has_not_seen(distance: module_under_test.Distance) -> None:
+    unseen = pictures("mix", 64, TASK, torch.Generator().manual_seed(9))
+    recipe = Recipe(batch=16, rate=1e-2, distance=distance, temperature=4.0)
+    before, after = (divergence(MODEL, trained(recipe, steps), TASK, unseen) for steps in (0, 25))
+    assert after < 0.9 * before
+
+
+def test_the_teacher_stays_and_so_do_statistics_and_activation_ranges_once_set() -> None:
+    teacher = state(MODEL)
+    before, after = state(trained(steps=0)), state(trained())
+    assert all(torch.equal(each, teacher[name]) for name, each in MODEL.state_dict().items())
+    for name, each in after.items():
+        fixed = "running" in name or "batches_tracked" in name or "output_quantizer" in name or "input_quantizer" in name
+        if not name.endswith(".zero"):  # one of a few integers
+            assert torch.equal(each, before[name]) == fixed, name
+
+
+def test_a_trained_student_is_frozen_as_it_is_simulated() -> None:
+    student = trained()
+    inputs = TASK.noise(4, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(student(inputs), materialise(student)(inputs))
+    for each in freeze(student).values():
+        low, high = each.spec.levels
+        assert low <= each.codes.min() and each.codes.max() <= high
+    assert not any(each.requires_grad or each.grad is not None for each in student.parameters())
+    assert not any(each._forward_hooks for each in student.modules() if "Quantizer" in type(each).__name__) and not student.training
+
+
+def test_ranges_of_weights_follow_them_or_stay() -> None:
+    before = untrained()
+    for kind in ("follow", "stay"):
+        student = trained(dataclasses.replace(QUICK, weight_range=kind))
+        for name, layer in quantized_layers(student).items():
+            quantizer = weight_quantizer(layer)
+            follows = torch.equal(quantizer.scale, minmax(latent_weight(layer), quantizer.spec)[0])
+            assert follows == (kind == "follow")
+            stays = torch.equal(quantizer.scale, weight_quantizer(before.get_submodule(name)).scale)
+            assert stays == (kind == "stay")
+
+
+@pytest.mark.parametrize("act_range", ("moving", "percentile"))
+def test_ranges_of_activations_are_set_on_the_source(act_range: module_under_test.ActRange) -> None:
+    student = trained(dataclasses.replace(QUICK, act_range=act_range, percentile=100.0, range_batches=3), steps=0)
+    assert all(quantizer.ready for quantizer in quantizers(student).values())
+
+
+def test_ranges_that_are_not_there_cannot_stay() -> None:
+    with pytest.raises(MethodError, match="cannot stay as they are, unset"):
+        trained(dataclasses.replace(QUICK, act_range="stay"))
+
+
+@functools.cache
+def plain() -> nn.Module:
+    return trained(source=labelled())
+
+
+@pytest.mark.parametrize(
+    "change",
+    (
+        {"rate": 2e-3}, {"falling": "cosine"}, {"falling": "steps"}, {"weight_decay": 0.1}, {"clip": 0.1}, {"batch": 9},
+        {"distance": "kl"}, {"weight": 2.0}, {"classes": 1.0}, {"average": 0.0}, {"average": 1.0}, {"flip": True}, {"roll": 2},
+        {"crop": 0.5}, {"mixup": 1.0}, {"gradient": "identity"}, {"range_batches": 2}, {"percentile": 90.0},
+    ),
+    ids=str,
+)  # fmt: skip
+def test_every_choice_matters(change: dict[str, object]) -> None:
+    student = trained(dataclasses.replace(QUICK, **change), source=labelled())
+    assert not same(student, plain())
+    with torch.no_grad():
+        assert torch.isfinite(student(TASK.noise(2, torch.Generator().manual_seed(0)))).all()
+
+
+def test_the_gradient_of_a_clipped_value_is_none_or_that_of_the_identity() -> None:
+    student = trained(steps=0)
+    (point,) = (each for name, each in quantizers(student).items() if name.startswith("relu"))
+    top = float(point.scale * (point.spec.levels[1] - point.zero))
+    for kind, expected in (("masked", [1.0, 0.0]), ("identity", [1.0, 1.0])):
+        x = torch.tensor([0.4 * top, 2 * top], requires_grad=True)
+        with module_under_test._gradient(student, kind):
+            value = point(x)
+        (slope,) = torch.autograd.grad(value.sum(), x)
+        assert slope.tolist() == expected and torch.equal(value.detach(), point(x.detach()))
+
+
+def test_the_average_is_that_of_the_last_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[Tensor]] = []
+    count = module_under_test._Lesson.count
+
+    def look(self: module_under_test._Lesson) -> None:
+        count(self)
+        seen.append([each.detach().clone() for each in self.params])
+
+    monkeypatch.setattr(module_under_test._Lesson, "count", look)
+    student = trained(dataclasses.replace(QUICK, average=0.5))
+    assert len(seen) == STEPS
+    for param, *last in zip(student.parameters(), *seen[STEPS // 2 - 1 :], strict=True):
+        torch.testing.assert_close(param, torch.stack(last).mean(0))
+
+
+def test_mixtures_of_two_have_shares_of_both_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    lesson = module_under_test._Lesson(MODEL, untrained(), TASK, labelled(), 1, Ctx.create(0), dataclasses.replace(QUICK, mixup=1.0))
+    x, labels, t = lesson._shown()
+    assert labels is not None and labels.shape == (8, 10) and torch.allclose(labels.sum(1), torch.ones(8))
+    assert ((labels > 0).sum(1) == 2).any() and torch.equal(t, MODEL(x).detach())
+
+
+def test_labels_are_asked_for_where_they_are_missing() -> None:
+    with pytest.raises(MethodError, match="does not know what its inputs show"):
+        trained(dataclasses.replace(QUICK, classes=1.0))
+
+
+def rates(recipe: Recipe) -> list[float]:
+    return [module_under_test._factor(step / 100, recipe) for step in range(101)]
+
+
+def test_rates_rise_and_fall_as_told() -> None:
+    cycle, cosine = (rates(Recipe(falling=kind)) for kind in ("one-cycle", "cosine"))
+    assert cycle[0] == 0.04 and max(cycle) == cycle[30] == 1.0 and cycle[100] == pytest.approx(0.0, abs=1e-12)
+    assert cosine[0] == 1.0 and cosine[50] == pytest.approx(0.5) and cosine == sorted(cosine, reverse=True)
+    steps = rates(Recipe(falling="steps", milestones=(0.5, 0.75)))
+    assert (steps[49], steps[50], steps[74], steps[75]) == pytest.approx((1.0, 0.1, 0.1, 0.01))
+
+
+class Failing:
+    """A source whose inputs are no numbers from some batch on."""
+
+    def __init__(self, fail_at: int, error: Callable[[Tensor], Tensor]) -> None:
+        self.source, self.left, self.error = Prior("mix", TASK, torch.Generator().manual_seed(0)), fail_at, error
+
+    def sample(self, n: int) -> Batch:
+        self.left -= 1
+        inputs = self.source.sample(n).inputs
+        return Batch(self.error(inputs) if self.left < 0 else inputs)
+
+    def update(self, student: nn.Module) -> dict[str, Tensor]:
+        return {}
+
+
+def kill(inputs: Tensor) -> Tensor:
+    raise Killed
+
+
+def test_what_is_no_number_is_named_and_the_last_good_state_is_kept() -> None:
+    recipe = dataclasses.replace(QUICK, average=0.0, falling="steps", milestones=())
+    student, ctx = untrained(), Ctx.create(0)
+    with pytest.raises(MethodError, match="distill: the mse is nan at step 4: lower the learning rate"):
+        distill(MODEL, student, TASK, Failing(4, lambda x: x * math.nan), STEPS, ctx, recipe)
+    expected = untrained()
+    distill(MODEL, expected, TASK, Failing(99, lambda x: x), 3, Ctx.create(0), recipe)
+    assert same(student, expected)
+
+
+def test_a_gradient_that_is_no_number_is_named_before_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_under_test, "mse", lambda t, s: (s - s.detach()).square().sum().sqrt())
+    student = untrained()
+    with pytest.raises(MethodError, match="the gradient of the student is nan at step 1"):
+        distill(MODEL, student, TASK, labelled(), STEPS, Ctx.create(0), QUICK)
+    assert same(student, trained(steps=0, source=labelled()))
+
+
+@pytest.mark.parametrize("learns", (False, True))
+def test_killed_it_resumes_to_the_same_bits(learns: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "CHECKPOINT_STEPS", 3)
+    recipe = dataclasses.replace(QUICK, average=0.9, classes=1.0 if learns else 0.0, mixup=0.0 if learns else 0.5)
+
+    def run(folder: Path | None, kill_at: int | None = None) -> tuple[nn.Module, Tensor]:
+        ctx = dataclasses.replace(Ctx.create(0), folder=folder)
+        source: Source = Prior("mix", TASK, ctx.generator)
+        if learns:
+            source = Conditional(MODEL, TASK, ctx, Generation(batch=8, widths=(8, 8), milestones=(4,)))
+        update, update_of, calls = source.update, type(source).update, 0
+
+        def counted(student: nn.Module) -> object:
+            nonlocal calls
+            if calls == kill_at:
+                raise Killed
+            calls += 1
+            return update(student)
+
+        monkeypatch.setattr(type(source), "update", lambda self, student: counted(student))
+        try:
+            student = trained(recipe, ctx=ctx, source=source)
+        finally:
+            monkeypatch.setattr(type(source), "update", update_of)
+        return student, source.sample(4).inputs
+
+    expected, inputs = run(None)
+    with pytest.raises(Killed):
+        run(tmp_path, 5)
+    student, again = run(tmp_path, STEPS - 3)  # and not one more
+    assert same(student, expected) and torch.equal(again, inputs)
+
+
+def test_time_stops_it_and_the_rates_keep_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(1, 10_000))
+    monkeypatch.setattr(module_under_test.time, "monotonic", lambda: next(clock) / 4)
+    notes: list[Event] = []
+    student, ctx = untrained(), Ctx.create(0, on_event=lambda event: notes.append(event) if event.name == "note" else None)
+    lost = distill(MODEL, student, TASK, labelled(), 1000, ctx, dataclasses.replace(QUICK, max_seconds=10.0))
+    assert 3 < len(lost) < 20
+    assert [each.message for each in notes] == [f"distill: stopped after {len(lost)} of 1000 steps, when its 10 s were over"]
+    assert not same(student, trained(steps=0, source=labelled()))
+    assert distill(MODEL, student, TASK, labelled(), 5, ctx, dataclasses.replace(QUICK, max_seconds=0.0)) == []
