@@ -41,13 +41,13 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 
 def settings(large: bool = False, **fields: object) -> tuple[object, training.Recipe]:
     chosen = datafree.methods()["gdfq"](**fields)
-    setting = chosen._setting(large)  # type: ignore[attr-defined]
-    return chosen._generation(setting), chosen._distillation(setting, 10, None)  # type: ignore[attr-defined]
+    setting = chosen._setting(large, 10)  # type: ignore[attr-defined]
+    return chosen._generation(setting), chosen._distillation(setting, None)  # type: ignore[attr-defined]
 
 
 def test_training_comes_nearer_to_the_network_on_pictures_it_has_not_seen() -> None:
-    fields, target = {"warm_up": 20, "batch": 32, "variant": "kmdfq", "cross_entropy": 0.0}, Target(2, 2, protocol="paper")
-    before, after = (datafree.quantize(MODEL, TASK, method=method(steps=steps, **fields), target=target).student for steps in (0, 40))
+    fields, target = {"warm_up": 10, "batch": 16}, Target(2, 2, protocol="paper")
+    before, after = (datafree.quantize(MODEL, TASK, method=method(steps=steps, **fields), target=target).student for steps in (0, 30))
     unseen = pictures("mix", 64, TASK, torch.Generator().manual_seed(9))
     assert divergence(MODEL, after, TASK, unseen) < 0.9 * divergence(MODEL, before, TASK, unseen)
 
@@ -62,7 +62,7 @@ def test_weights_are_on_asymmetric_grids_of_each_output_channel_that_follow_them
 @pytest.mark.parametrize(
     "fields",
     (
-        {"variant": "kmdfq"}, {"budget": "paper"}, {"warm_up": 5}, {"steps": 5}, {"batch": 9}, {"rate": 1e-3}, {"generator_rate": 1e-2},
+        {"variant": "kmdfq"}, {"budget": "paper"}, {"warm_up": 5}, {"steps": 5}, {"batch": 9}, {"rate": 2e-3}, {"generator_rate": 1e-2},
         {"generator": "full"}, {"statistics": 1.0}, {"cross_entropy": 0.5}, {"weight": 3.0}, {"temperature": 1.0}, {"falling": "cosine"},
         {"act_range": "moving"}, {"percentile": 99.0}, {"range_batches": 2}, {"gradient": "identity"}, {"average": 0.9}, {"clip": 0.1},
     ),
@@ -137,5 +137,5 @@ def test_a_network_without_logits_is_refused() -> None:
 
 
 def test_budgets_rise() -> None:
-    found = [module_under_test._budget(budget, False, "gdfq") for budget in ("smoke", "fast", "standard", "paper")]
-    assert [each.steps for each in found] == sorted(each.steps for each in found)
+    steps = [module_under_test.Gdfq(budget=budget)._setting(False, 10).steps for budget in ("smoke", "fast", "standard", "paper")]
+    assert steps == sorted(steps)
