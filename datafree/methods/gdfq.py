@@ -47,6 +47,7 @@ class _Setting:
     clip: float = 5.0
     cross_entropy: float = 0.0
     weight: float = 1.0
+    range_batches: int = 4
 
 
 @method("gdfq")
@@ -86,7 +87,7 @@ class Gdfq(Method):
     falling: Falling | None = option(None, "the student's rate: one cycle, a cosine, or both rates tenfold at each quarter of the steps")
     act_range: Ranges | None = option(None, "activation ranges: moving min-max as published, or a percentile")
     percentile: float = option(99.9, "of the values that the range holds at either end", at_least=50, at_most=100)
-    range_batches: int = option(20, "batches that tell the activation ranges", at_least=1)
+    range_batches: int | None = option(None, "batches that tell the activation ranges", at_least=1)
     gradient: Gradient | None = option(None, "of values that were clipped: none, or that of the identity as published")
     average: float | None = option(None, "share of the steps, the last ones, over which the student is averaged", at_least=0, at_most=1)
     clip: float | None = option(None, "largest norm of the student's gradient; 0: any, as published", at_least=0)
@@ -144,7 +145,7 @@ class Gdfq(Method):
             temperature=self.temperature,
             classes=setting.cross_entropy,
             act_range=setting.act_range,
-            range_batches=self.range_batches,
+            range_batches=setting.range_batches,
             percentile=self.percentile,
             gradient=setting.gradient,
             average=setting.average,
@@ -178,6 +179,7 @@ def _published(variant: Variant, large: bool, classes: int) -> _Setting:
         clip=0.0,
         cross_entropy=1.0,
         weight=1.0 if journal else 1 / classes,
+        range_batches=20,
     )
 
 

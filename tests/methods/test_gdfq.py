@@ -77,7 +77,8 @@ def test_the_paper_budget_is_the_published_setting_as_coded() -> None:
     assert (generation.batch, generation.rate, generation.widths) == (200, 1e-3, (128, 64))  # type: ignore[attr-defined]
     assert generation.milestones == (20000, 40000, 60000) and generation.objective.statistics == 0.1  # type: ignore[attr-defined]
     assert (recipe.batch, recipe.rate, recipe.distance, recipe.temperature, recipe.weight, recipe.classes) == (200, 1e-4, "kl", 20, 0.1, 1)
-    assert (recipe.act_range, recipe.gradient, recipe.clip, recipe.average, recipe.weight_decay) == ("moving", "identity", None, 0, 1e-4)
+    assert (recipe.act_range, recipe.range_batches, recipe.gradient) == ("moving", 20, "identity")
+    assert (recipe.clip, recipe.average, recipe.weight_decay, recipe.falling) == (None, 0, 1e-4, "steps")
     steps = 80000 - 800
     assert [800 + round(each * steps) for each in recipe.milestones] == [20000, 40000, 60000]
 
