@@ -15,6 +15,7 @@ from datafree.plan import QSpec, Target
 from datafree.quant.insert import insert
 from datafree.synth.generator import Conditional, Convincing
 from datafree.synth.generator import Recipe as Generation
+from datafree.synth.noise import count_classes
 from datafree.task import Task
 from datafree.tune.distill import Falling, Gradient, distill
 from datafree.tune.distill import Recipe as Distillation
@@ -22,6 +23,7 @@ from datafree.tune.distill import Recipe as Distillation
 Budget = Literal["smoke", "fast", "standard", "paper"]
 Ranges = Literal["moving", "percentile"]
 Size = Literal["light", "full"]
+Variant = Literal["gdfq", "kmdfq"]
 
 _LARGE = 64  # from this side on the published setting is that of ImageNet
 _JOINT = 1.5  # times as long as a step of the generator alone takes one of both
@@ -43,6 +45,9 @@ class _Setting:
     gradient: Gradient = "masked"
     average: float = 0.2
     clip: float = 5.0
+    cross_entropy: float = 0.0
+    weight: float = 1.0
+    range_batches: int = 4
 
 
 @method("gdfq")
@@ -55,18 +60,19 @@ class Gdfq(Method):
     0.1). First the generator learns alone, then both take a step on every batch. Weights are on asymmetric min-max grids of each output
     channel that follow them; activation ranges are set once, before the student learns.
 
-    The budget ``paper`` is the published setting, as coded: 400 epochs of 200 steps, meant for a GPU. The others shorten it: a lighter
-    generator, higher rates on one cycle, a clipped and masked gradient, ranges at a percentile, averaged weights.
+    The budget ``paper`` is the published setting, as coded: 400 epochs of 200 steps, meant for a GPU. The others shorten it: higher
+    rates on one cycle, a clipped and masked gradient, ranges at a percentile, averaged weights, no cross-entropy (a generator that is
+    hardly warm misleads the student by it) but more weight on the distance, and the first two a lighter generator.
 
-    Differs: the code's KL is averaged over classes too, which the paper's is not: ``weight`` is 1 / classes unless given, as coded; so
-    are the statistics (``synth.generator.Convincing``). No epoch is chosen by its accuracy on a test set: the last weights count, or
-    their average. The published moving range overshoots by its correction of the bias (``quant.observe``); since it forgets all but
-    some twenty batches, the last ones before the student learns are all that it is taken from here. On large pictures ranges are
-    published to freeze long before the generator is warm, here they wait for it. A network without batch norms has no statistics, so
-    its generator learns from the classes alone.
+    Differs: the code averages the KL over the classes too, which the paper does not: as coded, its ``weight`` is 1 / classes. It has
+    statistics of its own as well (``synth.generator.Convincing``). No epoch is chosen by its accuracy on a test set: the last weights
+    count, or their average. The published moving range overshoots by its correction of the bias (``quant.observe``); since it forgets
+    all but some twenty batches, the last ones before the student learns are all that it is taken from here. On large pictures ranges
+    are published to freeze long before the generator is warm, here they wait for it. A network without batch norms has no statistics,
+    so its generator learns from the classes alone.
     """
 
-    variant: Literal["gdfq", "kmdfq"] = option("gdfq", "the losses: of the conference paper, or of the journal version")
+    variant: Variant = option("gdfq", "the losses: of the conference paper, or of the journal version")
     budget: Budget = option("fast", "fills in what is None: for half a minute, some minutes or an hour on a small network, or as published")
     warm_up: int | None = option(None, "steps of the generator alone", at_least=0)
     steps: int | None = option(None, "steps of both", at_least=0)
@@ -75,13 +81,13 @@ class Gdfq(Method):
     generator_rate: float | None = option(None, "learning rate of the generator", at_least=0)
     generator: Size | None = option(None, "channels of the generator: 64 and 32, or 128 and 64 as published")
     statistics: float | None = option(None, "weight of the statistics in the generator's loss; None: as published", at_least=0)
-    cross_entropy: float = option(1.0, "weight of the cross-entropy in the student's loss", at_least=0)
-    weight: float | None = option(None, "weight of the distance in the student's loss; None: as coded", at_least=0)
+    cross_entropy: float | None = option(None, "weight of the cross-entropy in the student's loss, 1 as published", at_least=0)
+    weight: float | None = option(None, "weight of the distance in the student's loss, 1 / classes as coded for KL, 1 for MSE", at_least=0)
     temperature: float = option(20.0, "of the KL divergence", at_least=0.1)
     falling: Falling | None = option(None, "the student's rate: one cycle, a cosine, or both rates tenfold at each quarter of the steps")
     act_range: Ranges | None = option(None, "activation ranges: moving min-max as published, or a percentile")
     percentile: float = option(99.9, "of the values that the range holds at either end", at_least=50, at_most=100)
-    range_batches: int = option(20, "batches that tell the activation ranges", at_least=1)
+    range_batches: int | None = option(None, "batches that tell the activation ranges", at_least=1)
     gradient: Gradient | None = option(None, "of values that were clipped: none, or that of the identity as published")
     average: float | None = option(None, "share of the steps, the last ones, over which the student is averaged", at_least=0, at_most=1)
     clip: float | None = option(None, "largest norm of the student's gradient; 0: any, as published", at_least=0)
@@ -89,21 +95,22 @@ class Gdfq(Method):
 
     def run(self, teacher: nn.Module, task: Task, target: Target, ctx: Ctx) -> nn.Module:
         """Make the student: plan, warm the generator up, train both."""
-        start, setting = time.monotonic(), self._setting(max(task.shape[1:], default=0) >= _LARGE)
-        flow = read(teacher, task, ctx)
+        start, flow = time.monotonic(), read(teacher, task, ctx)
+        setting = self._setting(max(task.shape[1:], default=0) >= _LARGE, count_classes(teacher, task, ctx))
         student = insert(teacher, make_plan(flow, teacher, target, _spec, ctx))  # weights are min-max ranged
         source = Conditional(teacher, task, ctx, self._generation(setting))
         self._warm_up(source, student, setting.warm_up, setting.steps, ctx)
         left = None if self.max_seconds is None else max(0.0, self.max_seconds - (time.monotonic() - start))
-        distill(teacher, student, task, source, setting.steps, ctx, self._distillation(setting, source.classes, left))
+        distill(teacher, student, task, source, setting.steps, ctx, self._distillation(setting, left))
         if ctx.on_pictures is not None:
             ctx.on_pictures(source.sample(_SHOWN).inputs)
         return student
 
-    def _setting(self, large: bool) -> _Setting:
+    def _setting(self, large: bool, classes: int) -> _Setting:
         """That of the budget, with the fields that are given in place of its own."""
         given = {each.name: getattr(self, each.name) for each in fields(_Setting) if getattr(self, each.name) is not None}
-        return replace(_budget(self.budget, large, self.variant), **given)
+        setting = _shortened(self.budget, large) if self.budget != "paper" else _published(self.variant, large, classes)
+        return replace(setting, **given)
 
     def _warm_up(self, source: Conditional, student: nn.Module, steps: int, further: int, ctx: Ctx) -> None:
         if self.max_seconds is None:
@@ -125,8 +132,7 @@ class Gdfq(Method):
             objective=Convincing(statistics=published if self.statistics is None else self.statistics),
         )
 
-    def _distillation(self, setting: _Setting, classes: int, seconds: float | None) -> Distillation:
-        as_coded = 1.0 if self.variant == "kmdfq" else 1 / classes
+    def _distillation(self, setting: _Setting, seconds: float | None) -> Distillation:
         ahead = setting.warm_up / max(1, setting.warm_up + setting.steps)  # the share that is over before the student learns
         return Distillation(
             batch=setting.batch,
@@ -135,11 +141,11 @@ class Gdfq(Method):
             milestones=tuple((each - ahead) / (1 - ahead) for each in (0.25, 0.5, 0.75) if ahead < 1),
             clip=setting.clip or None,
             distance="mse" if self.variant == "kmdfq" else "kl",
-            weight=as_coded if self.weight is None else self.weight,
+            weight=setting.weight,
             temperature=self.temperature,
-            classes=self.cross_entropy,
+            classes=setting.cross_entropy,
             act_range=setting.act_range,
-            range_batches=self.range_batches,
+            range_batches=setting.range_batches,
             percentile=self.percentile,
             gradient=setting.gradient,
             average=setting.average,
@@ -147,17 +153,34 @@ class Gdfq(Method):
         )
 
 
-def _budget(budget: Budget, large: bool, variant: str) -> _Setting:
+def _shortened(budget: Budget, large: bool) -> _Setting:
     """``large``: pictures of the size of ImageNet's, of which a step takes fewer."""
     if budget == "smoke":
-        return _Setting(warm_up=40, steps=40, batch=8 if large else 32, rate=5e-3)
+        return _Setting(warm_up=40, steps=40, batch=8 if large else 32, rate=1e-3)
     if budget == "fast":
-        return _Setting(warm_up=200, steps=400, batch=16 if large else 64, rate=5e-3)
-    if budget == "standard":
-        return _Setting(warm_up=1000, steps=5000, batch=16 if large else 64, rate=5e-3, generator_rate=1e-3, generator="full")
-    warm_up = 200 * (50 if large else 20 if variant == "kmdfq" else 4)
-    batch, rate = (16, 1e-6) if large else (200, 1e-4)
-    return _Setting(warm_up, 80000 - warm_up, batch, rate, 1e-3, "full", "steps", "moving", "identity", average=0.0, clip=0.0)
+        return _Setting(warm_up=200, steps=400, batch=16 if large else 64, rate=1e-3)
+    return _Setting(warm_up=1000, steps=5000, batch=16 if large else 64, rate=1e-3, generator_rate=1e-3, generator="full")
+
+
+def _published(variant: Variant, large: bool, classes: int) -> _Setting:
+    journal = variant == "kmdfq"
+    warm_up = 200 * (50 if large else 20 if journal else 4)
+    return _Setting(
+        warm_up=warm_up,
+        steps=80000 - warm_up,
+        batch=16 if large else 200,
+        rate=1e-6 if large else 1e-4,
+        generator_rate=1e-3,
+        generator="full",
+        falling="steps",
+        act_range="moving",
+        gradient="identity",
+        average=0.0,
+        clip=0.0,
+        cross_entropy=1.0,
+        weight=1.0 if journal else 1 / classes,
+        range_batches=20,
+    )
 
 
 def _spec(layer: Layer, bits: int) -> QSpec:

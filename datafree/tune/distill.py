@@ -166,7 +166,7 @@ class _Lesson:
         known = batch.answer is not None and not (mixes or recipe.flip or recipe.roll or recipe.crop < 1)
         t = batch.answer if known and batch.answer is not None else self.task.run(self.teacher, x)
         if mixes and labels is not None:
-            shares = F.one_hot(labels, t.shape[1]).to(t.dtype) if labels.dim() == 1 else labels
+            shares = F.one_hot(labels, t.shape[1]).float() if labels.dim() == 1 else labels
             labels = torch.lerp(shares[order], shares, share)
         return x, labels, t
 

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 import datafree
-from datafree import Event, Result, Target
+from datafree import Event, Target
 from datafree import fit as loop
 from datafree.closed.regress import divergence
+from datafree.context import Ctx
 from datafree.errors import NetworkError
 from datafree.method import Method
 from datafree.methods import gdfq as module_under_test
@@ -31,8 +32,8 @@ def method(**fields: object) -> Method:
 
 
 @functools.cache
-def quantized(**fields: object) -> Result:
-    return datafree.quantize(MODEL, TASK, method=method(**fields), target=TARGET)
+def quantized(**fields: object) -> nn.Module:
+    return method(**fields).run(MODEL, TASK, TARGET, Ctx.create(0))
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:
@@ -41,19 +42,19 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 
 def settings(large: bool = False, **fields: object) -> tuple[object, training.Recipe]:
     chosen = datafree.methods()["gdfq"](**fields)
-    setting = chosen._setting(large)  # type: ignore[attr-defined]
-    return chosen._generation(setting), chosen._distillation(setting, 10, None)  # type: ignore[attr-defined]
+    setting = chosen._setting(large, 10)  # type: ignore[attr-defined]
+    return chosen._generation(setting), chosen._distillation(setting, None)  # type: ignore[attr-defined]
 
 
 def test_training_comes_nearer_to_the_network_on_pictures_it_has_not_seen() -> None:
-    fields, target = {"warm_up": 20, "batch": 32, "variant": "kmdfq", "cross_entropy": 0.0}, Target(2, 2, protocol="paper")
-    before, after = (datafree.quantize(MODEL, TASK, method=method(steps=steps, **fields), target=target).student for steps in (0, 40))
+    fields, target = {"warm_up": 10, "batch": 16}, Target(2, 2, protocol="paper")
+    before, after = (method(steps=steps, **fields).run(MODEL, TASK, target, Ctx.create(0)) for steps in (0, 25))
     unseen = pictures("mix", 64, TASK, torch.Generator().manual_seed(9))
     assert divergence(MODEL, after, TASK, unseen) < 0.9 * divergence(MODEL, before, TASK, unseen)
 
 
 def test_weights_are_on_asymmetric_grids_of_each_output_channel_that_follow_them() -> None:
-    for layer in quantized_layers(quantized().student).values():
+    for layer in quantized_layers(quantized()).values():
         quantizer = weight_quantizer(layer)
         assert quantizer.spec == dataclasses.replace(quantizer.spec, bits=3, symmetric=False, axis=0)
         assert torch.equal(quantizer.scale, minmax(latent_weight(layer), quantizer.spec)[0])
@@ -62,14 +63,14 @@ def test_weights_are_on_asymmetric_grids_of_each_output_channel_that_follow_them
 @pytest.mark.parametrize(
     "fields",
     (
-        {"variant": "kmdfq"}, {"budget": "paper"}, {"warm_up": 5}, {"steps": 5}, {"batch": 9}, {"rate": 1e-3}, {"generator_rate": 1e-2},
+        {"variant": "kmdfq"}, {"budget": "paper"}, {"warm_up": 5}, {"steps": 5}, {"batch": 9}, {"rate": 2e-3}, {"generator_rate": 1e-2},
         {"generator": "full"}, {"statistics": 1.0}, {"cross_entropy": 0.5}, {"weight": 3.0}, {"temperature": 1.0}, {"falling": "cosine"},
         {"act_range": "moving"}, {"percentile": 99.0}, {"range_batches": 2}, {"gradient": "identity"}, {"average": 0.9}, {"clip": 0.1},
     ),
     ids=str,
 )  # fmt: skip
 def test_every_choice_changes_the_student(fields: dict[str, object]) -> None:
-    assert not same(quantized().student, quantized(**fields).student)
+    assert not same(quantized(), quantized(**fields))
 
 
 def test_the_paper_budget_is_the_published_setting_as_coded() -> None:
@@ -77,7 +78,8 @@ def test_the_paper_budget_is_the_published_setting_as_coded() -> None:
     assert (generation.batch, generation.rate, generation.widths) == (200, 1e-3, (128, 64))  # type: ignore[attr-defined]
     assert generation.milestones == (20000, 40000, 60000) and generation.objective.statistics == 0.1  # type: ignore[attr-defined]
     assert (recipe.batch, recipe.rate, recipe.distance, recipe.temperature, recipe.weight, recipe.classes) == (200, 1e-4, "kl", 20, 0.1, 1)
-    assert (recipe.act_range, recipe.gradient, recipe.clip, recipe.average, recipe.weight_decay) == ("moving", "identity", None, 0, 1e-4)
+    assert (recipe.act_range, recipe.range_batches, recipe.gradient) == ("moving", 20, "identity")
+    assert (recipe.clip, recipe.average, recipe.weight_decay, recipe.falling) == (None, 0, 1e-4, "steps")
     steps = 80000 - 800
     assert [800 + round(each * steps) for each in recipe.milestones] == [20000, 40000, 60000]
 
@@ -105,7 +107,7 @@ def test_the_time_is_kept_and_told() -> None:
 
 
 def test_pictures_are_shown_to_whoever_keeps_them() -> None:
-    shown = quantized().pictures
+    shown = datafree.quantize(MODEL, TASK, method=method(), target=TARGET).pictures
     assert shown is not None and shown.shape == (64, *TASK.shape)
 
 
@@ -125,7 +127,7 @@ def test_killed_in_either_stage_it_resumes_to_the_same_bits(stage: str, tmp_path
         datafree.quantize(MODEL, TASK, method=method(), target=TARGET, folder=tmp_path, on_event=kill)
     events: list[Event] = []
     again = datafree.quantize(MODEL, TASK, method=method(), target=TARGET, folder=tmp_path, on_event=events.append)
-    assert same(again.student, quantized().student)
+    assert same(again.student, quantized())
     assert [each.message for each in events if each.name == "note"][-1] == f"{stage}: resumed at step 2 of 4"
     if stage == "distill":
         assert not any(each.name == "generator" for each in events), "it was warm already"
@@ -137,5 +139,5 @@ def test_a_network_without_logits_is_refused() -> None:
 
 
 def test_budgets_rise() -> None:
-    found = [module_under_test._budget(budget, False, "gdfq") for budget in ("smoke", "fast", "standard", "paper")]
-    assert [each.steps for each in found] == sorted(each.steps for each in found)
+    steps = [module_under_test.Gdfq(budget=budget)._setting(False, 10).steps for budget in ("smoke", "fast", "standard", "paper")]
+    assert steps == sorted(steps)
