@@ -17,7 +17,7 @@ from datafree.quant.ranges import TINY
 
 # Of the scale, by bits, each tried on every row; where there is no entry, 1 alone.
 FACTORS = MappingProxyType({2: (1.05, 1.15, 1.25, 1.4), 3: (0.95, 1.05, 1.15)})
-SWEEPS = MappingProxyType({2: 2, 3: 2})  # of coordinate descent, by bits; where there is no entry, 1
+SWEEPS = 2  # of coordinate descent
 _COLUMNS = 128  # columns between two products with the errors of all columns
 
 
@@ -41,7 +41,7 @@ def refine(weight: Tensor, hessian: Tensor, scale: Tensor, spec: QSpec) -> tuple
         codes = error_feedback(weight, hessian, scale * factor, spec)
         tried.append((codes, fit_scale(weight, codes, hessian, scale * factor)))
     codes, scale = tried[0] if len(tried) == 1 else _best(weight, hessian, tried)
-    for _ in range(SWEEPS.get(spec.bits, 1)):
+    for _ in range(SWEEPS):
         codes = descend(weight, codes, hessian, scale, spec)
         scale = fit_scale(weight, codes, hessian, scale)
     return codes, scale
