@@ -102,7 +102,7 @@ class Recipe:
         rate: learning rate of Adam, betas 0.5 and 0.999.
         milestones: numbers of steps after which the rate falls tenfold.
         latent: numbers of noise.
-        widths: channels of its convolutions. The published ones take three times the time of a ResNet-20, (64, 32) a quarter of that.
+        widths: channels of its convolutions. The published ones multiply three times as often as a ResNet-20, (64, 32) a quarter of that.
         form: how the class enters; None: as published for inputs of this size.
         policy: which classes are drawn.
         objective: its loss; it may run the student, and the gradient reaches the generator through it.

@@ -63,7 +63,8 @@ class Recipe:
         roll: shift a batch by up to so many pixels, what leaves on one side entering on the other.
         crop: show a random part of the batch, its sides of this share at least, at the full size; 1: all of it.
         mixup: share of the steps whose inputs and labels are mixtures of two (arXiv 1710.09412).
-        max_seconds: when to stop, rates and average following the clock where it is ahead of the steps; None: never.
+        max_seconds: when to stop, the setting of ranges included, rates and average following the clock where it is ahead of the steps;
+            None: never.
     """
 
     batch: int = 64
@@ -108,9 +109,9 @@ def distill(
             activation has no range, or labels are missing, where the recipe takes them as given.
     """
     recipe = recipe or Recipe()
+    lesson = _Lesson(teacher, student, task, source, steps, ctx, recipe)  # its clock runs from here
     _set_ranges(student, task, source, recipe)
-    params = [each for each in student.parameters() if each.is_floating_point()]
-    lesson = _Lesson(teacher, student, task, source, steps, ctx, recipe)
+    params = lesson.params
     optimizer = torch.optim.SGD(params, recipe.rate, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay)
     optimizer.register_step_pre_hook(lambda *_: _check_gradient(params, recipe.clip, lesson.taken + 1))
     optimizer.register_step_post_hook(lambda *_: lesson.count())
@@ -163,8 +164,8 @@ class _Lesson:
             order = torch.randperm(len(x), generator=self.generator, device=device)
             share = torch.rand((), generator=self.generator, device=device)
             x = torch.lerp(x[order], x, share)
-        known = batch.answer is not None and not (mixes or recipe.flip or recipe.roll or recipe.crop < 1)
-        t = batch.answer if known and batch.answer is not None else self.task.run(self.teacher, x)
+        changed = mixes or recipe.flip or recipe.roll or recipe.crop < 1
+        t = self.task.run(self.teacher, x) if changed or batch.answer is None else batch.answer
         if mixes and labels is not None:
             shares = F.one_hot(labels, t.shape[1]).float() if labels.dim() == 1 else labels
             labels = torch.lerp(shares[order], shares, share)
