@@ -20,6 +20,7 @@ from datafree.quant.insert import latent_weight, quantized_layers, weight_quanti
 from datafree.quant.ranges import minmax
 from datafree.synth.prior import pictures
 from datafree.tune import distill as training
+from datafree.tune import taught
 from datafree.zoo.digits import digits
 
 MODEL, TASK = digits()
@@ -41,9 +42,15 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 
 
 def settings(large: bool = False, **fields: object) -> tuple[object, training.Recipe]:
-    chosen = datafree.methods()["gdfq"](**fields)
-    setting = chosen._setting(large, 10)  # type: ignore[attr-defined]
-    return chosen._generation(setting), chosen._distillation(setting, None)  # type: ignore[attr-defined]
+    """The recipes of generator and student, taken where the method hands them on."""
+    chosen, found = datafree.methods()["gdfq"](**fields), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module_under_test, "is_large", lambda task: large)
+        patch.setattr(taught, "is_large", lambda task: large)
+        patch.setattr(taught.Taught, "generated", lambda self, teacher, task, setting, recipe, ctx: found.append(recipe))
+        patch.setattr(taught.Taught, "teach", lambda self, *args: found.append(args[-1]))
+        chosen.run(MODEL, TASK, TARGET, Ctx.create(0))
+    return found[0], found[1]
 
 
 def test_training_comes_nearer_to_the_network_on_pictures_it_has_not_seen() -> None:
@@ -88,7 +95,7 @@ def test_the_journal_and_large_pictures_have_settings_of_their_own() -> None:
     generation, recipe = settings(budget="paper", variant="kmdfq")
     assert (recipe.distance, recipe.weight, generation.objective.statistics) == ("mse", 1.0, 1.0)  # type: ignore[attr-defined]
     generation, recipe = settings(large=True, budget="paper", warm_up=7)
-    assert (recipe.batch, recipe.rate) == (16, 1e-6) and generation.milestones[0] == (80000 - 10000 + 7) // 4  # type: ignore[attr-defined]
+    assert (recipe.batch, recipe.rate) == (16, 1e-6) and generation.milestones[0] == round((80000 - 10000 + 7) / 4)  # type: ignore[attr-defined]
     assert settings(budget="fast", large=True)[1].batch < settings(budget="fast")[1].batch
 
 
@@ -139,5 +146,7 @@ def test_a_network_without_logits_is_refused() -> None:
 
 
 def test_budgets_rise() -> None:
-    steps = [module_under_test.Gdfq(budget=budget)._setting(False, 10).steps for budget in ("smoke", "fast", "standard", "paper")]
+    published = taught.gdfq_setting(10, large=False)
+    budgets = (module_under_test.Gdfq(budget=budget) for budget in ("smoke", "fast", "standard", "paper"))
+    steps = [each.setting(published, TASK).steps for each in budgets]
     assert steps == sorted(steps)
