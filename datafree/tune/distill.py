@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from datafree.context import Ctx
 from datafree.errors import MethodError
 from datafree.fit import Stateful, duration, fit
+from datafree.graph.flow import flow
 from datafree.quant.insert import latent_weight, quantized_layers, quantizers, weight_quantizer
 from datafree.quant.observe import observe_moving, observe_percentile
 from datafree.quant.ranges import minmax
@@ -26,6 +27,7 @@ from datafree.synth.noise import augmented
 from datafree.synth.source import Source, Terms
 from datafree.synth.terms import class_entropy
 from datafree.task import Task
+from datafree.tune.features import FeatureTerm, Maps, captured, difference, unit_ends
 from datafree.tune.terms import adaptability, kl, l1, mse
 
 Distance = Literal["kl", "mse", "l1", "adaptability"]
@@ -52,6 +54,9 @@ class Recipe:
         weight: of the distance.
         temperature: of kl and adaptability.
         classes: weight of the cross-entropy to the labels of the source; 0: labels are not needed.
+        features: a distance of the maps in which units end, see ``tune.features``; a network without such maps is noted, and learns
+            without.
+        feature_weight: of it.
         weight_range: ``follow``: the min-max range of the float weights, anew for each step; ``stay``: as it was.
         act_range: ``moving``: :func:`observe_moving`; ``percentile``: :func:`observe_percentile`; ``stay``: as they were.
         range_batches: of the source, shown to the student before it learns, that tell the activation ranges.
@@ -77,6 +82,8 @@ class Recipe:
     weight: float = 1.0
     temperature: float = 1.0
     classes: float = 0.0
+    features: FeatureTerm | None = None
+    feature_weight: float = 1.0
     weight_range: Literal["follow", "stay"] = "follow"
     act_range: ActRange = "percentile"
     range_batches: int = 2
@@ -134,6 +141,7 @@ class _Lesson:
     def __init__(self, teacher: nn.Module, student: nn.Module, task: Task, source: Source, steps: int, ctx: Ctx, recipe: Recipe) -> None:
         self.teacher, self.student, self.task, self.source = teacher, student, task, source
         self.steps, self.recipe, self.generator = steps, recipe, ctx.generator
+        self.ends = () if recipe.features is None else _ends(teacher, task, ctx)
         self.params = [each for each in student.parameters() if each.is_floating_point()]
         self.mean = [torch.zeros_like(each) for each in self.params]
         self.averaged = self.taken = 0
@@ -144,18 +152,25 @@ class _Lesson:
         recipe = self.recipe
         _follow(self.student, recipe)
         self.source.update(self.student)
-        x, labels, t = self._shown()
-        s = self.task.run(self.student, x)
+        x, labels, (t, maps) = self._shown()
+        s, own_maps = self._answer(self.student, x)
         terms: dict[str, Tensor] = {recipe.distance: recipe.weight * self._distance(t, s)}
         if recipe.classes:
             if labels is None:
                 raise MethodError("the source does not know what its inputs show: take a weight of 0 for the classes")
             terms["cross-entropy"] = recipe.classes * class_entropy(s, labels)
+        if recipe.features is not None and self.ends:
+            terms["features"] = recipe.feature_weight * difference(recipe.features, maps, own_maps)
         return terms
 
+    def _answer(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Maps]:
+        """Logits, and the maps that are asked for."""
+        with captured(model, self.ends) as maps:
+            return self.task.run(model, x), maps
+
     @torch.no_grad()
-    def _shown(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Inputs, labels and the teacher's answer."""
+    def _shown(self) -> tuple[Tensor, Tensor | None, tuple[Tensor, Maps]]:
+        """Inputs, labels and what the teacher makes of them."""
         recipe, batch = self.recipe, self.source.sample(self.recipe.batch)
         x, labels = augmented(batch.inputs, recipe, self.generator), batch.labels
         device = self.generator.device
@@ -165,11 +180,12 @@ class _Lesson:
             share = torch.rand((), generator=self.generator, device=device)
             x = torch.lerp(x[order], x, share)
         changed = mixes or recipe.flip or recipe.roll or recipe.crop < 1
-        t = self.task.run(self.teacher, x) if changed or batch.answer is None else batch.answer
+        known = None if changed or self.ends else batch.answer
+        t, maps = self._answer(self.teacher, x) if known is None else (known, {})
         if mixes and labels is not None:
             shares = F.one_hot(labels, t.shape[1]).float() if labels.dim() == 1 else labels
             labels = torch.lerp(shares[order], shares, share)
-        return x, labels, t
+        return x, labels, (t, maps)
 
     def _distance(self, t: Tensor, s: Tensor) -> Tensor:
         match self.recipe.distance:
@@ -223,6 +239,13 @@ class _Lesson:
         if isinstance(self.source, Stateful):
             self.source.load_state_dict(source)
         self.mean, self.averaged, self.taken, self.before, self.begun = mean, averaged, taken, seconds, time.monotonic()
+
+
+def _ends(teacher: nn.Module, task: Task, ctx: Ctx) -> tuple[str, ...]:
+    found = unit_ends(flow(teacher, task.noise(2, torch.Generator(ctx.device).manual_seed(0))))
+    if not found:
+        ctx.note("the network has no convolutional units whose maps could be compared: the student learns from its answers alone")
+    return found
 
 
 def _set_ranges(student: nn.Module, task: Task, source: Source, recipe: Recipe) -> None:

@@ -171,7 +171,7 @@ def test_the_average_is_that_of_the_last_weights(monkeypatch: pytest.MonkeyPatch
 
 def test_mixtures_of_two_have_shares_of_both_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     lesson = module_under_test._Lesson(MODEL, untrained(), TASK, labelled(), 1, Ctx.create(0), dataclasses.replace(QUICK, mixup=1.0))
-    x, labels, t = lesson._shown()
+    x, labels, (t, _) = lesson._shown()
     assert labels is not None and labels.shape == (8, 10) and torch.allclose(labels.sum(1), torch.ones(8))
     assert ((labels > 0).sum(1) == 2).any() and torch.equal(t, MODEL(x).detach())
 
