@@ -11,7 +11,8 @@ from datafree.plan import Target
 from datafree.synth.generator import Convincing
 from datafree.synth.noise import count_classes
 from datafree.task import Task
-from datafree.tune.taught import Taught, gdfq_setting, is_large
+from datafree.tune.distill import Recipe
+from datafree.tune.taught import Prepare, Taught, gdfq_setting, is_large
 
 Variant = Literal["gdfq", "kmdfq"]
 
@@ -43,6 +44,10 @@ class Gdfq(Taught):
 
     def run(self, teacher: nn.Module, task: Task, target: Target, ctx: Ctx) -> nn.Module:
         """Make the student: plan, warm the generator up, train both."""
+        return self.teach(teacher, task, target, ctx, *self.lesson(teacher, task, ctx))
+
+    def lesson(self, teacher: nn.Module, task: Task, ctx: Ctx) -> tuple[Prepare, int, Recipe]:
+        """What :meth:`teach` takes: the generator, how many steps the student takes, and how."""
         journal = self.variant == "kmdfq"
         published = gdfq_setting(count_classes(teacher, task, ctx), is_large(task))
         if journal:
@@ -52,4 +57,4 @@ class Gdfq(Taught):
         statistics = (1.0 if journal else 0.1) if self.statistics is None else self.statistics
         generation = replace(self.generation(setting), objective=Convincing(statistics=statistics))
         recipe = replace(self.distillation(setting), distance="mse" if journal else "kl", temperature=self.temperature)
-        return self.teach(teacher, task, target, ctx, self.generated(teacher, task, setting, generation, ctx), setting.steps, recipe)
+        return self.generated(teacher, task, setting, generation, ctx), setting.steps, recipe

@@ -1,6 +1,7 @@
 """Ranges of activations from what passes through the student."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -97,6 +98,21 @@ def observe_moving(student: nn.Module, batches: Iterable[Tensor], run: Callable[
 
     watch(student, batches, {point: moving(point) for point in points}, run)
     _check_seen([point for point in points if point not in ends])
+
+
+@contextmanager
+def unset_pass(student: nn.Module) -> Iterator[None]:
+    """While it lasts, activations pass unchanged where no range has been set."""
+    handles = [each.register_forward_hook(_pass) for each in quantizers(student).values() if not each.ready]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _pass(module: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> Tensor:
+    return args[0]
 
 
 def _set_ends(quantizer: Quantizer, ends: Tensor) -> None:
