@@ -1,0 +1,86 @@
+"""AKT on the embedded digits: its hosts, what it adds to them, settings, and what training brings."""
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+import datafree
+from datafree import Target
+from datafree.closed.regress import divergence
+from datafree.context import Ctx, Event
+from datafree.method import Method
+from datafree.methods import adadfq, akt
+from datafree.synth.generator import Recipe
+from datafree.synth.prior import pictures
+from datafree.tune import distill as training
+from datafree.tune import taught
+from datafree.zoo.digits import digits
+from networks import build
+
+MODEL, TASK = digits()
+TARGET = Target(3, 3, protocol="paper")
+QUICK = {"warm_up": 2, "steps": 2, "batch": 8, "range_batches": 1}
+
+
+def method(name: str = "akt", **fields: object) -> Method:
+    return datafree.methods()[name](**QUICK | fields)
+
+
+@functools.cache
+def quantized(name: str = "akt", **fields: object) -> nn.Module:
+    return method(name, **fields).run(MODEL, TASK, TARGET, Ctx.create(0))
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(each, other.state_dict()[name]) for name, each in one.state_dict().items())
+
+
+def settings(large: bool = False, **fields: object) -> tuple[Recipe, training.Recipe, int]:
+    """The recipes of generator and student, taken where the method hands them on, and the steps of the student."""
+    chosen, found = datafree.methods()["akt"](**fields), []
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (adadfq, akt, taught):
+            patch.setattr(module, "is_large", lambda task: large)
+        patch.setattr(taught.Taught, "generated", lambda self, teacher, task, setting, recipe, ctx: found.append(recipe))
+        patch.setattr(taught.Taught, "teach", lambda self, *args: found.extend(args[-2:]))
+        chosen.run(MODEL, TASK, TARGET, Ctx.create(0))
+    return found[0], found[2], found[1]
+
+
+@pytest.mark.parametrize("host", ("adadfq", "gdfq"))
+def test_the_host_alone_is_the_host_and_maps_change_its_student(host: str) -> None:
+    alone = quantized(host)
+    assert same(quantized(host=host, refined=False), alone) and not same(quantized(host=host), alone)
+
+
+@pytest.mark.parametrize("fields", ({"refined_weight": 1.0}, {"refined_temperature": 1.0}, {"host": "gdfq"}), ids=str)
+def test_every_choice_changes_the_student(fields: dict[str, object]) -> None:
+    assert not same(quantized(), quantized(**fields))
+
+
+def test_the_paper_budget_is_the_published_setting_as_coded() -> None:
+    generation, recipe, steps = settings(budget="paper")
+    assert (generation.batch, generation.milestones, steps) == (200, (20000,), 40000 - 800)
+    assert (recipe.batch, recipe.rate, recipe.distance, recipe.temperature) == (200, 1e-4, "adaptability", 20)
+    assert recipe.features is not None and recipe.feature_weight == 1000 * 200
+    for fields, expected in (({"large": True}, 16), ({"host": "gdfq"}, 200)):
+        assert settings(budget="paper", **fields)[1].batch == expected
+    assert settings(budget="paper", host="gdfq")[1].distance == "kl"
+    assert settings(refined=False)[1].features is None
+
+
+def test_training_comes_nearer_to_the_network_on_pictures_it_has_not_seen() -> None:
+    fields, target = {"warm_up": 5, "batch": 16}, Target(2, 2, protocol="paper")
+    before, after = (method(steps=steps, **fields).run(MODEL, TASK, target, Ctx.create(0)) for steps in (0, 20))
+    unseen = pictures("mix", 64, TASK, torch.Generator().manual_seed(9))
+    assert divergence(MODEL, after, TASK, unseen) < 0.9 * divergence(MODEL, before, TASK, unseen)
+
+
+def test_without_maps_the_host_is_left_and_a_note_says_so() -> None:
+    model, task = build("transformer")
+    notes: list[Event] = []
+    student = method().run(model, task, TARGET, Ctx.create(0, on_event=notes.append))
+    assert same(student, method("adadfq").run(model, task, TARGET, Ctx.create(0)))
+    assert any("learns from its answers alone" in each.message for each in notes)
