@@ -1,7 +1,7 @@
 """Conditional generators: a network that draws inputs of classes, taught by a classifier it never sees the data of (GDFQ, 2003.03603).
 
-Two forms, by how the class enters: as a factor on the noise (published for pictures of 32 pixels), or as gain and bias of the norms
-(for 224). Any number of channels and of spatial axes, any sides.
+Three forms, by how the class enters: as a factor on the noise (published for pictures of 32 pixels), as gain and bias of the norms (for
+224), or not at all: then the inputs have no labels. Any number of channels and of spatial axes, any sides.
 
 Legend: n inputs, K classes that one input shows, z noise, y classes.
 """
@@ -25,7 +25,7 @@ from datafree.synth.source import Batch, Terms
 from datafree.synth.terms import Gap, class_entropy, gaps, norm_moments, statistics, stored_moments
 from datafree.task import Task
 
-Form = Literal["factor", "norms"]
+Form = Literal["factor", "norms", "unconditional"]
 
 _CONVS: tuple[type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS: tuple[type[nn.BatchNorm1d] | type[nn.BatchNorm2d] | type[nn.BatchNorm3d], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -103,7 +103,7 @@ class Recipe:
         milestones: numbers of steps after which the rate falls tenfold.
         latent: numbers of noise.
         widths: channels of its convolutions. The published ones multiply three times as often as a ResNet-20, (64, 32) a quarter of that.
-        form: how the class enters; None: as published for inputs of this size.
+        form: how the class enters, if it does; None: as published for inputs of this size.
         policy: which classes are drawn.
         objective: its loss; it may run the student, and the gradient reaches the generator through it.
     """
@@ -206,7 +206,7 @@ class Conditional:
         self.teacher, self.task, self.ctx = frozen_copy(teacher), task, ctx
         self.recipe = recipe or Recipe()
         self.classes, self.stored = count_classes(self.teacher, task, ctx), stored_moments(self.teacher)
-        if not self.stored:
+        if not self.stored and self.recipe.form != "unconditional":  # which is not asked for statistics
             ctx.note("the network has no batch norms with statistics that a generator could meet: it learns from the classes alone")
         form = self.recipe.form or ("norms" if max(task.shape[1:], default=0) >= _LARGE else "factor")
         self.generator = Generator(task.shape, self.classes, form, self.recipe, ctx.generator)
@@ -219,9 +219,10 @@ class Conditional:
     def sample(self, n: int) -> Batch:
         """``n`` inputs with labels: those of the last update, once, if they are enough, and with them the teacher's answer."""
         fresh, self._fresh = self._fresh, None
-        if fresh is not None and fresh.labels is not None and fresh.answer is not None and n <= len(fresh.inputs):
-            return Batch(fresh.inputs[:n], fresh.labels[:n], fresh.answer[:n])
-        return Batch(*self._generate(n))
+        if fresh is not None and fresh.answer is not None and n <= len(fresh.inputs):
+            return Batch(fresh.inputs[:n], None if fresh.labels is None else fresh.labels[:n], fresh.answer[:n])
+        inputs, labels = self._generate(n)
+        return Batch(inputs, self._known(labels))
 
     def update(self, student: nn.Module) -> Terms:
         """One step of Adam. Raises MethodError, naming the term, before it takes one on a loss that is not finite."""
@@ -232,7 +233,7 @@ class Conditional:
         loss.backward(inputs=self.params)  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.schedule.step()
-        self._fresh = Batch(look.inputs.detach(), look.labels, look.answer.detach())
+        self._fresh = Batch(look.inputs.detach(), self._known(look.labels), look.answer.detach())
         return {name: term.detach() for name, term in terms.items()}
 
     def learn(self, steps: int, student: nn.Module, stop: Stop | None = None) -> list[float]:
@@ -260,6 +261,9 @@ class Conditional:
         z = torch.randn(n, self.recipe.latent, generator=random, device=random.device)
         blend = self.recipe.policy(n, self.classes, random)
         return self.generator(z, blend), blend.labels(self.classes)
+
+    def _known(self, labels: Tensor) -> Tensor | None:
+        return None if self.recipe.form == "unconditional" else labels
 
     def _look(self) -> Look:
         inputs, labels = self._generate(self.recipe.batch)

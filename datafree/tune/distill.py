@@ -19,19 +19,18 @@ from torch.optim.lr_scheduler import LambdaLR
 from datafree.context import Ctx
 from datafree.errors import MethodError
 from datafree.fit import Stateful, duration, fit
-from datafree.graph.flow import flow
 from datafree.quant.insert import latent_weight, quantized_layers, quantizers, weight_quantizer
-from datafree.quant.observe import observe_moving, observe_percentile
+from datafree.quant.observe import observe, observe_moving, observe_percentile
 from datafree.quant.ranges import minmax
 from datafree.synth.noise import augmented
 from datafree.synth.source import Source, Terms
 from datafree.synth.terms import class_entropy
 from datafree.task import Task
-from datafree.tune.features import FeatureTerm, Maps, captured, difference, unit_ends
+from datafree.tune.features import FeatureTerm, Maps, captured, difference, find_ends
 from datafree.tune.terms import adaptability, kl, l1, mse
 
 Distance = Literal["kl", "mse", "l1", "adaptability"]
-ActRange = Literal["moving", "percentile", "stay"]
+ActRange = Literal["moving", "percentile", "extremes", "stay"]
 Gradient = Literal["masked", "identity"]
 Falling = Literal["one-cycle", "cosine", "steps"]
 
@@ -57,8 +56,10 @@ class Recipe:
         features: a distance of the maps in which units end, see ``tune.features``; a network without such maps is noted, and learns
             without.
         feature_weight: of it.
+        each: steps that it takes for each update of the source.
         weight_range: ``follow``: the min-max range of the float weights, anew for each step; ``stay``: as it was.
-        act_range: ``moving``: :func:`observe_moving`; ``percentile``: :func:`observe_percentile`; ``stay``: as they were.
+        act_range: ``moving``: :func:`observe_moving`; ``percentile``: :func:`observe_percentile`; ``extremes``: the least and
+            the largest value; ``stay``: as they were.
         range_batches: of the source, shown to the student before it learns, that tell the activation ranges.
         percentile: of the values that a range holds at either end.
         gradient: of a rounded value that had to be clipped: none (``masked``), or that of the identity all the same.
@@ -84,6 +85,7 @@ class Recipe:
     classes: float = 0.0
     features: FeatureTerm | None = None
     feature_weight: float = 1.0
+    each: int = 1
     weight_range: Literal["follow", "stay"] = "follow"
     act_range: ActRange = "percentile"
     range_batches: int = 2
@@ -100,7 +102,7 @@ class Recipe:
 def distill(
     teacher: nn.Module, student: nn.Module, task: Task, source: Source, steps: int, ctx: Ctx, recipe: Recipe | None = None
 ) -> list[float]:
-    """Train ``student`` in place on batches of ``source``, which is updated before each of them; returns the loss before each step.
+    """Train ``student`` in place on batches of ``source``, which is updated before them; returns the loss before each step.
 
     Args:
         teacher: the float network, in eval mode; it stays as it is.
@@ -148,10 +150,11 @@ class _Lesson:
         self.begun, self.before = time.monotonic(), 0.0
 
     def __call__(self) -> Terms:
-        """The terms of the student's loss on a new batch; the source is updated first."""
+        """The terms of the student's loss on a new batch; the source is updated first, when it is its turn."""
         recipe = self.recipe
         _follow(self.student, recipe)
-        self.source.update(self.student)
+        if self.taken % recipe.each == 0:
+            self.source.update(self.student)
         x, labels, (t, maps) = self._shown()
         s, own_maps = self._answer(self.student, x)
         terms: dict[str, Tensor] = {recipe.distance: recipe.weight * self._distance(t, s)}
@@ -242,7 +245,7 @@ class _Lesson:
 
 
 def _ends(teacher: nn.Module, task: Task, ctx: Ctx) -> tuple[str, ...]:
-    found = unit_ends(flow(teacher, task.noise(2, torch.Generator(ctx.device).manual_seed(0))))
+    found = find_ends(teacher, task, ctx)
     if not found:
         ctx.note("the network has no convolutional units whose maps could be compared: the student learns from its answers alone")
     return found
@@ -255,6 +258,8 @@ def _set_ranges(student: nn.Module, task: Task, source: Source, recipe: Recipe) 
         observe_moving(student, batches, task.run)
     elif points and recipe.act_range == "percentile":
         observe_percentile(student, batches, recipe.percentile, task.run)
+    elif points and recipe.act_range == "extremes":
+        observe(student, batches, "minmax", task.run)
     elif unset := [point for point, quantizer in points.items() if not quantizer.ready]:
         raise MethodError(f"the ranges of {', '.join(unset[:5])} cannot stay as they are, unset: take moving ones or a percentile")
 

@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from datafree.context import Ctx
 from datafree.errors import NetworkError
 from datafree.graph.chains import chains
-from datafree.graph.flow import ADDS, Flow, Layer
+from datafree.graph.flow import ADDS, Flow, Layer, flow
+from datafree.task import Task
 
 FeatureTerm = Callable[[Tensor, Tensor], Tensor]  # of the teacher's map and the student's
 Maps = Mapping[str, Sequence[Tensor]]  # by the module that makes them, one a call
@@ -26,47 +28,52 @@ Maps = Mapping[str, Sequence[Tensor]]  # by the module that makes them, one a ca
 _RELATED = 0.1  # the share of related positions and channels in ZAQ's maps
 
 
-def unit_ends(flow: Flow) -> tuple[str, ...]:
+def unit_ends(read: Flow) -> tuple[str, ...]:
     """The modules whose outputs end a unit, in execution order; () where there are no maps. See the head of this file."""
-    ends = {*_bodies(flow), *_pointwise(flow)}
+    ends = {*_bodies(read), *_pointwise(read)}
     found = [
         layer
-        for layer in flow.layers.values()
+        for layer in read.layers.values()
         if layer.kind != "linear"
         and (layer.name in ends if ends else not layer.first and not layer.last)
-        and prod(flow.nodes[layer.calls[0]].shape[2:]) > 1
+        and prod(read.nodes[layer.calls[0]].shape[2:]) > 1
     ]
     return tuple(dict.fromkeys(layer.norm or layer.name for layer in sorted(found, key=lambda layer: layer.calls)))
 
 
-def _bodies(flow: Flow) -> Iterator[str]:
+def find_ends(teacher: nn.Module, task: Task, ctx: Ctx) -> tuple[str, ...]:
+    """:func:`unit_ends` on noise of the task's shape, always the same."""
+    return unit_ends(flow(teacher, task.noise(2, torch.Generator(ctx.device).manual_seed(0))))
+
+
+def _bodies(read: Flow) -> Iterator[str]:
     """The last layer in the deeper of the two branches of every residual sum."""
     depth: list[int] = []
-    for node in flow.nodes:
-        depth.append(max((depth[each] for each in node.inputs), default=0) + (node.index in flow.layer_at))
-    for node in flow.nodes:
-        if node.op not in ADDS or len(node.inputs) != 2 or not flow.consumers[node.index]:
+    for node in read.nodes:
+        depth.append(max((depth[each] for each in node.inputs), default=0) + (node.index in read.layer_at))
+    for node in read.nodes:
+        if node.op not in ADDS or len(node.inputs) != 2 or not read.consumers[node.index]:
             continue
         one, other = node.inputs
-        if depth[one] == depth[other] or flow.nodes[one].shape != flow.nodes[other].shape:
+        if depth[one] == depth[other] or read.nodes[one].shape != read.nodes[other].shape:
             continue
         index = max(node.inputs, key=lambda each: depth[each])
-        while index not in flow.layer_at and flow.nodes[index].inputs:  # a gate is no part of the path: its shape is another
-            here = flow.nodes[index]
-            index = max(here.inputs, key=lambda each: (flow.nodes[each].shape == here.shape, depth[each]))
-        if index in flow.layer_at:
-            yield flow.layer_at[index]
+        while index not in read.layer_at and read.nodes[index].inputs:  # a gate is no part of the path: its shape is another
+            here = read.nodes[index]
+            index = max(here.inputs, key=lambda each: (read.nodes[each].shape == here.shape, depth[each]))
+        if index in read.layer_at:
+            yield read.layer_at[index]
 
 
-def _pointwise(flow: Flow) -> Iterator[str]:
+def _pointwise(read: Flow) -> Iterator[str]:
     """Every 1x1 layer that alone follows a depthwise one."""
 
     def is_pointwise(layer: Layer) -> bool:
         return layer.groups == 1 and set(layer.kernel) == {1}
 
-    for chain in chains(flow):
+    for chain in chains(read):
         for before, name in zip(chain.layers, chain.layers[1:], strict=False):
-            if flow.layers[before].depthwise and is_pointwise(flow.layers[name]):
+            if read.layers[before].depthwise and is_pointwise(read.layers[name]):
                 yield name
 
 
@@ -90,7 +97,7 @@ def captured(model: nn.Module, ends: Sequence[str]) -> Iterator[dict[str, list[T
 
 
 def difference(term: FeatureTerm, teacher: Maps, student: Maps) -> Tensor:
-    """The sum of ``term`` over all maps; no gradient reaches the teacher's.
+    """The sum of ``term`` over all maps.
 
     Raises NetworkError where there are none, or the two networks took different paths through their modules.
     """
@@ -100,7 +107,7 @@ def difference(term: FeatureTerm, teacher: Maps, student: Maps) -> Tensor:
             f"maps of the teacher, by module and calls: {calls[0]}; of the student: {calls[1]}; they must be the same, and any"
         )
     pairs = [pair for name, maps in teacher.items() for pair in zip(maps, student[name], strict=True)]
-    return torch.stack([term(t.detach(), s) for t, s in pairs]).sum()
+    return torch.stack([term(t, s) for t, s in pairs]).sum()
 
 
 def refined(t: Tensor, s: Tensor, temperature: float = 8.0) -> Tensor:
@@ -119,7 +126,10 @@ def attention(t: Tensor, s: Tensor) -> Tensor:
 
 
 def relations(t: Tensor, s: Tensor) -> Tensor:
-    """ZAQ's (CVPR 2021): mean absolute difference of maps in which positions, then of maps in which channels, join related ones."""
+    """ZAQ's (CVPR 2021): mean absolute difference of maps in which positions, then of maps in which channels, join related ones.
+
+    Memory grows with the square of the positions: published for pictures of 32 pixels.
+    """
     one, other = (F.normalize(each.float()).flatten(2) for each in (t, s))
     return F.l1_loss(_by_position(other), _by_position(one)) + F.l1_loss(_by_channel(other), _by_channel(one))
 

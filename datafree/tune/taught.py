@@ -98,7 +98,7 @@ class Taught(Method):
     cross_entropy: float | None = option(None, "weight of the cross-entropy in the student's loss", at_least=0)
     weight: float | None = option(None, "weight of the distance from the network's logits in the student's loss", at_least=0)
     falling: Falling | None = option(None, "the student's rate: one cycle, a cosine, or tenfold at milestones, as the generator's then")
-    act_range: ActRange | None = option(None, "activation ranges: moving min-max as published, a percentile, or as they were")
+    act_range: ActRange | None = option(None, "activation ranges: a moving min-max, a percentile, the extremes, or as they were")
     percentile: float = option(99.9, "of the values that the range holds at either end", at_least=50, at_most=100)
     range_batches: int | None = option(None, "batches that tell the activation ranges", at_least=1)
     gradient: Gradient | None = option(None, "of values that were clipped: none, or that of the identity as published")

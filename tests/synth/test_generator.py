@@ -38,7 +38,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(torch.equal(each, other[name]) for name, each in one.items())
 
 
-@pytest.mark.parametrize("form", ("factor", "norms"))
+@pytest.mark.parametrize("form", ("factor", "norms", "unconditional"))
 @pytest.mark.parametrize("shape", ((3, 32, 32), (1, 8, 12), (4, 32), (2, 4, 4, 8), (3, 15, 7)), ids=str)
 def test_inputs_have_the_shape_and_every_channel_is_near_normal(shape: tuple[int, ...], form: Form) -> None:
     inputs = draw(made(shape, form), one_class(32, 5, seeded()))
@@ -76,6 +76,15 @@ def test_the_class_tells(form: Form) -> None:
         nn.init.normal_(generator.norms[1].gain.weight, generator=seeded())  # type: ignore[arg-type,union-attr]
     one, other = (draw(generator, Blend(torch.full((4, 1), y), torch.ones(4, 1))) for y in (0, 1))
     assert not torch.allclose(one, other)
+
+
+def test_without_classes_there_are_no_labels_and_none_tells() -> None:
+    one, other = (draw(made((3, 8, 8), "unconditional"), Blend(torch.full((4, 1), y), torch.ones(4, 1))) for y in (0, 1))
+    assert torch.equal(one, other)
+    source = Conditional(MODEL, TASK, Ctx.create(0), Recipe(batch=8, widths=(8, 8), form="unconditional"))
+    source.update(MODEL)
+    fresh, another = source.sample(6), source.sample(6)
+    assert fresh.labels is None and another.labels is None and fresh.answer is not None
 
 
 @pytest.mark.parametrize("form", ("factor", "norms"))

@@ -19,6 +19,7 @@ from datafree.graph.flow import Layer, read
 from datafree.plan import QSpec, Target
 from datafree.quant.freeze import freeze, materialise
 from datafree.quant.insert import insert, latent_weight, quantized_layers, quantizers, weight_quantizer
+from datafree.quant.observe import observe
 from datafree.quant.ranges import minmax
 from datafree.synth.generator import Conditional
 from datafree.synth.generator import Recipe as Generation
@@ -110,10 +111,30 @@ def test_ranges_of_weights_follow_them_or_stay() -> None:
             assert stays == (kind == "stay")
 
 
-@pytest.mark.parametrize("act_range", ("moving", "percentile"))
+@pytest.mark.parametrize("act_range", ("moving", "percentile", "extremes"))
 def test_ranges_of_activations_are_set_on_the_source(act_range: module_under_test.ActRange) -> None:
     student = trained(dataclasses.replace(QUICK, act_range=act_range, percentile=100.0, range_batches=3), steps=0)
     assert all(quantizer.ready for quantizer in quantizers(student).values())
+
+
+def test_the_extremes_are_those_of_all_batches() -> None:
+    student = trained(dataclasses.replace(QUICK, act_range="extremes", range_batches=3), steps=0)
+    expected, source = untrained(), Prior("mix", TASK, Ctx.create(0).generator)
+    observe(expected, [source.sample(8).inputs for _ in range(3)], "minmax", TASK.run)
+    assert same(student, expected)
+
+
+def test_the_source_is_updated_when_it_is_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, updates = labelled(), 0
+
+    def update(self: Pool, student: nn.Module) -> dict[str, Tensor]:
+        nonlocal updates
+        updates += 1
+        return {}
+
+    monkeypatch.setattr(Pool, "update", update)
+    trained(dataclasses.replace(QUICK, each=4), steps=6, source=source)
+    assert updates == 2
 
 
 def test_ranges_that_are_not_there_cannot_stay() -> None:
