@@ -1,4 +1,4 @@
-"""How a network is run to be measured: batch norms by the statistics of the batch at hand, inputs laid out in memory for speed."""
+"""How a network is run to be measured: what its modules give, batch norms by the statistics of the batch at hand, a quick layout."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,3 +40,44 @@ def channels_last(model: nn.Module, inputs: Tensor) -> Tensor:
     except RuntimeError:
         return inputs
     return laid_out
+
+
+@contextmanager
+def outputs(model: nn.Module, name: str | None) -> Iterator[list[Tensor]]:
+    """While it lasts, what the module ``name`` gives, a tensor for each call; nothing for None.
+
+    They pile up from pass to pass, and are no copies: whoever changes one in place changes it here, too.
+    """
+    seen: list[Tensor] = []
+
+    def look(module: nn.Module, args: object, result: object) -> None:
+        if isinstance(result, Tensor):
+            seen.append(result)
+
+    handle = None if name is None else model.get_submodule(name).register_forward_hook(look)
+    try:
+        yield seen
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+@torch.no_grad()
+def calls(model: nn.Module, inputs: Tensor) -> list[tuple[str, nn.Module, tuple[int, ...]]]:
+    """Every call of a module that gives a tensor, in the order in which they end: its name, itself, and the tensor's shape."""
+    seen: list[tuple[str, nn.Module, tuple[int, ...]]] = []
+
+    def watch(name: str, module: nn.Module) -> "torch.utils.hooks.RemovableHandle":
+        def look(module: nn.Module, args: object, result: object) -> None:
+            if isinstance(result, Tensor):
+                seen.append((name, module, tuple(result.shape)))
+
+        return module.register_forward_hook(look)
+
+    handles = [watch(name, module) for name, module in model.named_modules()]
+    try:
+        model(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen

@@ -12,7 +12,7 @@ from datafree.synth.generator import Convincing
 from datafree.synth.noise import count_classes
 from datafree.task import Task
 from datafree.tune.distill import Recipe
-from datafree.tune.taught import Prepare, Taught, gdfq_setting, is_large
+from datafree.tune.taught import Prepare, Taught, gdfq_setting, is_large, kmdfq_setting
 
 Variant = Literal["gdfq", "kmdfq"]
 
@@ -49,11 +49,8 @@ class Gdfq(Taught):
     def lesson(self, teacher: nn.Module, task: Task, ctx: Ctx) -> tuple[Prepare, int, Recipe]:
         """What :meth:`teach` takes: the generator, how many steps the student takes, and how."""
         journal = self.variant == "kmdfq"
-        published = gdfq_setting(count_classes(teacher, task, ctx), is_large(task))
-        if journal:
-            warm_up = published.warm_up if is_large(task) else 4000
-            published = replace(published, warm_up=warm_up, steps=80000 - warm_up, weight=1.0)
-        setting = self.setting(published, task)
+        classes, large = count_classes(teacher, task, ctx), is_large(task)
+        setting = self.setting(kmdfq_setting(large) if journal else gdfq_setting(classes, large), task)
         statistics = (1.0 if journal else 0.1) if self.statistics is None else self.statistics
         generation = replace(self.generation(setting), objective=Convincing(statistics=statistics))
         recipe = replace(self.distillation(setting), distance="mse" if journal else "kl", temperature=self.temperature)

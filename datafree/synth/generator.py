@@ -1,9 +1,10 @@
 """Conditional generators: a network that draws inputs of classes, taught by a classifier it never sees the data of (GDFQ, 2003.03603).
 
 Three forms, by how the class enters: as a factor on the noise (published for pictures of 32 pixels), as gain and bias of the norms (for
-224), or not at all: then the inputs have no labels. Any number of channels and of spatial axes, any sides.
+224), or not at all: then the inputs have no labels. Noise may also be added to the class (:class:`Added`). Any number of channels and of
+spatial axes, any sides.
 
-Legend: n inputs, K classes that one input shows, z noise, y classes.
+Legend: n inputs, K classes that one input shows, z noise.
 """
 
 import math
@@ -20,6 +21,8 @@ from datafree.context import Ctx
 from datafree.errors import NetworkError
 from datafree.fit import Stop, fit, total
 from datafree.graph.swap import frozen_copy
+from datafree.graph.taps import outputs
+from datafree.synth.labels import Blend, Policy, one_class
 from datafree.synth.noise import count_classes
 from datafree.synth.source import Batch, Terms
 from datafree.synth.terms import Gap, class_entropy, gaps, norm_moments, statistics, stored_moments
@@ -34,41 +37,26 @@ _EPS = 0.8  # of the norms behind convolutions: meant as a momentum once, and in
 
 
 @dataclass(frozen=True)
-class Blend:
-    """What each of n inputs is meant to show: ``classes`` (n, K), and the share of each, (n, K), which add up to 1."""
-
-    classes: Tensor
-    shares: Tensor
-
-    def mean(self, table: nn.Embedding) -> Tensor:
-        """The entries of the classes, weighted by their shares: (n, width)."""
-        entries: Tensor = table(self.classes)
-        return (self.shares[:, :, None] * entries).sum(1)
-
-    def labels(self, classes: int) -> Tensor:
-        """Classes, (n,), where each input shows one; else the shares of all, (n, classes), those of a class drawn twice added."""
-        if self.classes.shape[1] == 1:
-            return self.classes[:, 0]
-        return torch.zeros(len(self.classes), classes, device=self.shares.device).scatter_add_(1, self.classes, self.shares)
-
-
-Policy = Callable[[int, int, torch.Generator], Blend]
-
-
-def one_class(n: int, classes: int, generator: torch.Generator) -> Blend:
-    """Each input shows one class, all as likely."""
-    drawn = torch.randint(classes, (n, 1), generator=generator, device=generator.device)
-    return Blend(drawn, torch.ones(n, 1, device=generator.device))
-
-
-@dataclass(frozen=True)
 class Look:
-    """What the teacher makes of generated inputs: its answer (n, classes), and the gap of each of its norms over the batch."""
+    """Generated inputs, and what the teacher makes of them.
+
+    Args:
+        inputs: (n, *shape).
+        labels: what they are meant to show, as ``Batch.labels``.
+        answer: of the teacher, (n, classes).
+        found: the gap of each of its norms over the batch.
+        blend: what the inputs were made from.
+        noise: the same, (n, latent), or (n, K, width) where it is added to the classes.
+        features: what the module gives that the recipe names.
+    """
 
     inputs: Tensor
     labels: Tensor
     answer: Tensor
     found: list[Gap]
+    blend: Blend | None = None
+    noise: Tensor | None = None
+    features: Tensor | None = None
 
 
 Objective = Callable[[Look, nn.Module], Terms]
@@ -93,6 +81,23 @@ class Convincing:
         return terms
 
 
+@dataclass(frozen=True, eq=False)
+class Added:
+    """Qimera's way in: noise of its own is added to the embedding of every class, each sum standardised, and they are superposed.
+
+    Args:
+        width: entries of an embedding.
+        start: the embeddings to begin with, (classes, width); None: standard normal numbers.
+        mapped: a linear map to the latent numbers follows (disentanglement mapping). Published, but the code never has it.
+        divided: gain and bias of the norms are divided by the number of classes superposed, as in the code.
+    """
+
+    width: int
+    start: Tensor | None = None
+    mapped: bool = True
+    divided: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A generator and how it learns; the defaults are GDFQ's.
@@ -104,7 +109,10 @@ class Recipe:
         latent: numbers of noise.
         widths: channels of its convolutions. The published ones multiply three times as often as a ResNet-20, (64, 32) a quarter of that.
         form: how the class enters, if it does; None: as published for inputs of this size.
-        policy: which classes are drawn.
+        added: how noise is added to the class, where it is neither multiplied with it nor left alone.
+        placed: a linear map of the place that the policy draws is added to the latent numbers.
+        policy: which classes are drawn, and places.
+        features: name of the teacher's module whose output, that of the last call, the objective is to see; None: none.
         objective: its loss; it may run the student, and the gradient reaches the generator through it.
     """
 
@@ -114,13 +122,16 @@ class Recipe:
     latent: int = 100
     widths: tuple[int, int] = (128, 64)
     form: Form | None = None
+    added: Added | None = None
+    placed: bool = False
     policy: Policy = one_class
+    features: str | None = None
     objective: Objective = Convincing()
 
 
 @final
 class Generator(nn.Module):
-    """From noise (n, latent) and classes to inputs (n, *shape), each channel near mean 0 and variance 1 over the batch.
+    """From noise (see :meth:`noise`) and classes to inputs (n, *shape), each channel near mean 0 and variance 1 over the batch.
 
     Every norm takes the statistics of the batch: there are none to store. Parameters are drawn as torch does, but from ``generator``.
     """
@@ -132,24 +143,34 @@ class Generator(nn.Module):
         if not 1 <= axes <= 3:
             raise NetworkError(f"a generator draws inputs with 1 to 3 spatial axes, not {shape}: take a method without one, such as anchor")
         wide, narrow = recipe.widths
+        added = recipe.added
+        self.latent, self.added = recipe.latent, added
         self.shape, self.start = shape, tuple(math.ceil(side / 4) for side in shape[1:])
+        width = recipe.latent if added is None or added.mapped else added.width  # of what enters the first layer
         with torch.device("meta"):
-            self.embedding = nn.Embedding(classes, recipe.latent) if form == "factor" else None
-            self.linear = nn.Linear(recipe.latent, wide * math.prod(self.start))
+            embedded = added.width if added else recipe.latent
+            self.embedding = nn.Embedding(classes, embedded) if added or form == "factor" else None
+            self.linear = nn.Linear(width, wide * math.prod(self.start))
             self.norms = nn.ModuleList(
-                _ClassNorm(width, eps, axes, classes if form == "norms" else None)
-                for width, eps in ((wide, 1e-5), (wide, _EPS), (narrow, _EPS))
+                _ClassNorm(channels, eps, axes, classes if form == "norms" else None, added is not None and added.divided)
+                for channels, eps in ((wide, 1e-5), (wide, _EPS), (narrow, _EPS))
             )
             channels = (wide, wide, narrow, shape[0])
             self.convs = nn.ModuleList(_CONVS[axes - 1](*pair, 3, padding=1) for pair in zip(channels, channels[1:], strict=False))
             self.last = _NORMS[axes - 1](shape[0], affine=False, track_running_stats=False)
+            self.mapping = nn.Linear(added.width, width) if added and added.mapped else None
+            self.place = nn.Linear(axes, width) if recipe.placed else None
         self.to_empty(device=generator.device)
         _draw(self, generator)
 
+    def noise(self, blend: Blend, generator: torch.Generator) -> Tensor:
+        """Standard normal numbers, (n, latent), or (n, K, width) where they are added to the classes."""
+        n, slots = blend.classes.shape
+        sizes = (n, self.latent) if self.added is None else (n, slots, self.added.width)
+        return torch.randn(*sizes, generator=generator, device=generator.device)
+
     def forward(self, z: Tensor, blend: Blend) -> Tensor:
-        if self.embedding is not None:
-            z = z * blend.mean(self.embedding)
-        x = self.linear(z).unflatten(1, (-1, *self.start))
+        x = self.linear(self._code(z, blend)).unflatten(1, (-1, *self.start))
         x = self.norms[0](x, blend)
         for conv, norm in zip(self.convs[:2], self.norms[1:], strict=True):
             x = F.leaky_relu(norm(conv(F.interpolate(x, scale_factor=2.0)), blend), 0.2)
@@ -159,27 +180,40 @@ class Generator(nn.Module):
         inputs: Tensor = self.last(x)
         return inputs
 
+    def _code(self, z: Tensor, blend: Blend) -> Tensor:
+        """What enters the first layer: (n, width)."""
+        if self.embedding is not None:
+            entries = self.embedding(blend.classes)
+            z = z * blend.mean(entries) if self.added is None else blend.mean(F.layer_norm(entries + z, entries.shape[2:]))
+        if self.mapping is not None:
+            z = self.mapping(z)
+        return z if self.place is None else z + self.place(blend.place)
+
 
 class _ClassNorm(nn.Module):
     """Batch norm with one affine for all, or with gain and bias of each class."""
 
-    def __init__(self, width: int, eps: float, axes: int, classes: int | None) -> None:
+    def __init__(self, width: int, eps: float, axes: int, classes: int | None, divided: bool) -> None:
         super().__init__()
         self.norm = _NORMS[axes - 1](width, eps, affine=classes is None, track_running_stats=False)
         self.gain = None if classes is None else nn.Embedding(classes, width)
         self.bias = None if classes is None else nn.Embedding(classes, width)
+        self.divided = divided
 
     def forward(self, x: Tensor, blend: Blend) -> Tensor:
         x = self.norm(x)
         if self.gain is None or self.bias is None:
             return x
-        gain, bias = (blend.mean(table).reshape(*x.shape[:2], *(1,) * (x.dim() - 2)) for table in (self.gain, self.bias))
+        parts = blend.classes.shape[1] if self.divided else 1
+        gain, bias = (
+            blend.mean(table(blend.classes)).reshape(*x.shape[:2], *(1,) * (x.dim() - 2)) / parts for table in (self.gain, self.bias)
+        )
         return gain * x + bias
 
 
 @torch.no_grad()
 def _draw(model: Generator, generator: torch.Generator) -> None:
-    """Initial values: those of torch's layers; gains 1 and biases 0."""
+    """Initial values: those of torch's layers; gains 1 and biases 0; embeddings as the recipe has them."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
             bound = module.weight[0].numel() ** -0.5
@@ -191,7 +225,10 @@ def _draw(model: Generator, generator: torch.Generator) -> None:
                 nn.init.zeros_(module.bias.weight)
             module.norm.reset_parameters()
     if model.embedding is not None:
-        nn.init.normal_(model.embedding.weight, generator=generator)
+        if model.added is None or model.added.start is None:
+            nn.init.normal_(model.embedding.weight, generator=generator)
+        else:
+            model.embedding.weight.copy_(model.added.start)
 
 
 @final
@@ -201,13 +238,13 @@ class Conditional:
     def __init__(self, teacher: nn.Module, task: Task, ctx: Ctx, recipe: Recipe | None = None) -> None:
         """Raises NetworkError where the network's answer is no row of logits, or its input has no spatial axes.
 
-        A network without batch norms has no statistics to be met: a note says so, and the classes are all that the generator learns.
+        A network without batch norms has no statistics to be met: a note says so, and the generator learns without them.
         """
         self.teacher, self.task, self.ctx = frozen_copy(teacher), task, ctx
         self.recipe = recipe or Recipe()
         self.classes, self.stored = count_classes(self.teacher, task, ctx), stored_moments(self.teacher)
         if not self.stored and self.recipe.form != "unconditional":  # which is not asked for statistics
-            ctx.note("the network has no batch norms with statistics that a generator could meet: it learns from the classes alone")
+            ctx.note("the network has no batch norms with statistics that a generator could meet: it learns without them")
         form = self.recipe.form or ("norms" if max(task.shape[1:], default=0) >= _LARGE else "factor")
         self.generator = Generator(task.shape, self.classes, form, self.recipe, ctx.generator)
         self.params = list(self.generator.parameters())
@@ -221,8 +258,8 @@ class Conditional:
         fresh, self._fresh = self._fresh, None
         if fresh is not None and fresh.answer is not None and n <= len(fresh.inputs):
             return Batch(fresh.inputs[:n], None if fresh.labels is None else fresh.labels[:n], fresh.answer[:n])
-        inputs, labels = self._generate(n)
-        return Batch(inputs, self._known(labels))
+        inputs, blend, _ = self._generate(n)
+        return Batch(inputs, self._known(blend.labels(self.classes)))
 
     def update(self, student: nn.Module) -> Terms:
         """One step of Adam. Raises MethodError, naming the term, before it takes one on a loss that is not finite."""
@@ -253,20 +290,20 @@ class Conditional:
     def _parts(self) -> dict[str, nn.Module | torch.optim.Optimizer | MultiStepLR]:
         return {"generator": self.generator, "optimizer": self.optimizer, "schedule": self.schedule}
 
-    def _generate(self, n: int) -> tuple[Tensor, Tensor]:
-        """Inputs and their labels."""
+    def _generate(self, n: int) -> tuple[Tensor, Blend, Tensor]:
+        """Inputs, what they are meant to show, and the noise they were made from."""
         if n < 1:
             raise NetworkError(f"{n} inputs were asked for: at least 1 is needed")
-        random = self.ctx.generator
-        z = torch.randn(n, self.recipe.latent, generator=random, device=random.device)
-        blend = self.recipe.policy(n, self.classes, random)
-        return self.generator(z, blend), blend.labels(self.classes)
+        blend = self.recipe.policy(n, self.classes, self.ctx.generator)
+        noise = self.generator.noise(blend, self.ctx.generator)
+        return self.generator(noise, blend), blend, noise
 
     def _known(self, labels: Tensor) -> Tensor | None:
         return None if self.recipe.form == "unconditional" else labels
 
     def _look(self) -> Look:
-        inputs, labels = self._generate(self.recipe.batch)
-        with norm_moments(self.teacher) as seen:
+        inputs, blend, noise = self._generate(self.recipe.batch)
+        with norm_moments(self.teacher) as seen, outputs(self.teacher, self.recipe.features) as features:
             answer = self.task.run(self.teacher, inputs)
-        return Look(inputs, labels, answer, gaps(seen, self.stored, per_image=False, spread="variance"))
+        found = gaps(seen, self.stored, per_image=False, spread="variance")
+        return Look(inputs, blend.labels(self.classes), answer, found, blend, noise, features[-1] if features else None)

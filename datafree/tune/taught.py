@@ -73,6 +73,13 @@ def gdfq_setting(classes: int, large: bool) -> Setting:
     )
 
 
+def kmdfq_setting(large: bool) -> Setting:
+    """That of KMDFQ, GDFQ's journal version: another distance, of weight 1, and a longer warm-up on small pictures."""
+    published = gdfq_setting(1, large)
+    warm_up = published.warm_up if large else 4000
+    return replace(published, warm_up=warm_up, steps=80000 - warm_up)
+
+
 def is_large(task: Task) -> bool:
     """Whether inputs are of the size of ImageNet's, for which papers have settings of their own."""
     return max(task.shape[1:], default=0) >= _LARGE

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from datafree.context import Ctx, Event
 from datafree.errors import MethodError, NetworkError
-from datafree.synth.generator import Blend, Conditional, Convincing, Form, Generator, Look, Recipe, one_class
+from datafree.synth.generator import Conditional, Convincing, Form, Generator, Look, Recipe
+from datafree.synth.labels import Blend, one_class
 from datafree.synth.terms import Gap
 from datafree.task import Task
 from datafree.zoo.digits import digits
@@ -128,8 +129,8 @@ def test_a_generator_learns_what_it_is_asked() -> None:
     source = Conditional(MODEL, TASK, Ctx.create(0), Recipe(batch=32, widths=(16, 16), rate=5e-3))
     losses = source.learn(60, MODEL)
     assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
-    batch = source.sample(200)
-    assert batch.labels is not None and (MODEL(batch.inputs).argmax(1) == batch.labels).float().mean() > 0.2, "chance is 0.1"
+    batch = source.sample(1000)
+    assert batch.labels is not None and (MODEL(batch.inputs).argmax(1) == batch.labels).float().mean() > 0.13, "chance is 0.1 +- 0.01"
 
 
 def test_an_update_changes_the_generator_alone_and_its_batch_is_given_once() -> None:
@@ -196,7 +197,7 @@ def test_without_norms_the_classes_teach_and_a_note_says_so() -> None:
     model, task = build("without_norm")
     source = Conditional(model, task, Ctx.create(0, on_event=notes.append), QUICK)
     assert list(source.update(model)) == ["cross-entropy"]
-    assert ["learns from the classes alone" in each.message for each in notes] == [True]
+    assert ["it learns without them" in each.message for each in notes] == [True]
 
 
 def test_without_logits_there_is_nothing_to_ask_for() -> None:
