@@ -1,11 +1,11 @@
-"""Anchored batch norms: statistics of the batch, the stored affine, and nothing left behind. Channels last where that works."""
+"""Anchored batch norms: statistics of the batch, the stored affine, and nothing left behind. What modules give. Channels last."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import datafree
-from datafree.graph.taps import anchored, channels_last
+from datafree.graph.taps import anchored, calls, channels_last, outputs
 from datafree.plan import Target
 from datafree.task import Task
 from networks import NAMES, build
@@ -87,3 +87,24 @@ def test_a_network_that_views_is_quantized() -> None:
     model = Viewing().eval()
     student = datafree.quantize(model, Task(shape=(3, 8, 8)), method="anchor", target=Target(4, 8)).student
     assert torch.isfinite(student(torch.zeros(2, 3, 8, 8))).all()
+
+
+def test_outputs_of_every_call_are_seen_while_it_lasts() -> None:
+    model, task = build("twice")
+    x = noise(2, task.shape)
+    with outputs(model, "bn") as seen, outputs(model, None) as nothing:
+        model(x)
+    model(x)
+    assert len(seen) == 2 and nothing == [] and not any(each._forward_hooks for each in model.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(seen[0], model.bn(model.conv(torch.relu(model.stem_bn(model.stem(x))))))
+
+
+def test_calls_stand_in_the_order_in_which_they_end() -> None:
+    model, task = build("twice")
+    found = calls(model, noise(2, task.shape))
+    names = "stem stem_bn conv bn conv bn left shared right shared fc".split()
+    assert [name for name, _, _ in found] == [*names, ""]
+    assert all(module is model.get_submodule(name) for name, module, _ in found)
+    assert found[0][2] == (2, 8, 8, 8) and found[-1][2] == (2, 5)
+    assert not any(each._forward_hooks for each in model.modules())

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from datafree.context import Ctx, Event
 from datafree.errors import MethodError, NetworkError
-from datafree.synth.generator import Conditional, Convincing, Form, Generator, Look, Recipe
+from datafree.synth.generator import Added, Conditional, Convincing, Form, Generator, Look, Recipe
 from datafree.synth.labels import Blend, one_class
 from datafree.synth.terms import Gap
 from datafree.task import Task
@@ -23,8 +23,8 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def made(shape: tuple[int, ...], form: Form = "factor", widths: tuple[int, int] = (8, 4), classes: int = 5) -> Generator:
-    return Generator(shape, classes, form, Recipe(latent=6, widths=widths), seeded())
+def made(shape: tuple[int, ...], form: Form = "factor", added: Added | None = None, placed: bool = False) -> Generator:
+    return Generator(shape, 5, form, Recipe(latent=6, widths=(8, 4), added=added, placed=placed), seeded())
 
 
 def draw(generator: Generator, blend: Blend, seed: int = 1) -> Tensor:
@@ -95,15 +95,70 @@ def test_a_blend_of_equal_classes_is_that_class(form: Form) -> None:
     torch.testing.assert_close(draw(generator, blend), draw(generator, Blend(classes, torch.ones(3, 1))))
 
 
-def test_labels_are_classes_or_shares_that_add_up() -> None:
-    assert Blend(torch.tensor([[2], [0]]), torch.ones(2, 1)).labels(3).tolist() == [2, 0]
-    shares = Blend(torch.tensor([[2, 0], [1, 1]]), torch.tensor([[0.25, 0.75], [0.5, 0.5]])).labels(3)
-    assert shares.tolist() == [[0.75, 0.0, 0.25], [0.0, 1.0, 0.0]]
+@pytest.mark.parametrize("form", ("factor", "norms"))
+@pytest.mark.parametrize("mapped", (True, False))
+def test_added_noise_of_the_same_class_and_slot_superposes_to_itself(form: Form, mapped: bool) -> None:
+    generator = made((3, 8, 8), form, added=Added(7, mapped=mapped))
+    for each in generator.norms:
+        if each.gain is not None:  # type: ignore[union-attr]
+            nn.init.normal_(each.gain.weight, generator=seeded())  # type: ignore[arg-type,union-attr]
+    assert generator.linear.in_features == (6 if mapped else 7)
+    classes = torch.tensor([[1], [2], [3]])
+    z = generator.noise(Blend(classes, torch.ones(3, 1)), seeded())
+    assert z.shape == (3, 1, 7)
+    blend = Blend(classes.repeat(1, 2), torch.tensor([0.3, 0.7]).repeat(3, 1))
+    assert generator.noise(blend, seeded()).shape == (3, 2, 7)
+    torch.testing.assert_close(generator(z.repeat(1, 2, 1), blend), generator(z, Blend(classes, torch.ones(3, 1))), atol=1e-4, rtol=1e-4)
 
 
-def test_single_classes_are_drawn_evenly() -> None:
-    blend = one_class(5000, 5, seeded())
-    assert (blend.classes.flatten().bincount() - 1000).abs().max() < 120 and bool((blend.shares == 1).all())
+def test_what_is_superposed_is_standardised_each_by_itself() -> None:
+    generator = made((3, 8, 8), added=Added(50, mapped=False))
+    blend = one_class(4, 5, seeded())
+    code = generator._code(10 * generator.noise(blend, seeded()), blend)
+    torch.testing.assert_close(code.mean(1), torch.zeros(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(code.var(1, correction=0), torch.ones(4), atol=1e-3, rtol=0)
+
+
+def test_divided_gains_and_biases_are_smaller_by_the_number_of_slots() -> None:
+    plain, divided = (made((3, 8, 8), "norms", added=Added(7, divided=divided)) for divided in (False, True))
+    x, classes = torch.randn(3, 8, 4, 4, generator=seeded()), torch.tensor([[0, 1], [2, 2], [4, 3]])
+    for table in (plain.norms[0].gain, plain.norms[0].bias):
+        nn.init.normal_(table.weight, generator=seeded())  # type: ignore[arg-type,union-attr]
+    divided.load_state_dict(plain.state_dict())
+    blend = Blend(classes, torch.tensor([[0.3, 0.7]]).repeat(3, 1))
+    torch.testing.assert_close(divided.norms[0](x, blend), plain.norms[0](x, blend) / 2)
+    table = plain.norms[0].gain.weight  # type: ignore[union-attr]
+    wanted = 0.3 * table[0] + 0.7 * table[1]  # type: ignore[index]
+    found = plain.norms[0](x, blend) - plain.norms[0](torch.zeros_like(x), blend)
+    torch.testing.assert_close(found[0], plain.norms[0].norm(x)[0] * wanted[:, None, None])  # type: ignore[operator,union-attr]
+
+
+def test_embeddings_start_as_they_are_given() -> None:
+    start = torch.randn(5, 7, generator=seeded())
+    generator = made((3, 8, 8), added=Added(7, start=start))
+    assert generator.embedding is not None and torch.equal(generator.embedding.weight, start)
+    assert generator.embedding.weight.data_ptr() != start.data_ptr()
+
+
+@pytest.mark.parametrize("form", ("factor", "norms"))
+def test_the_place_tells(form: Form) -> None:
+    generator, one = made((3, 8, 8), form, placed=True), one_class(4, 5, seeded())
+    here, there = (draw(generator, Blend(one.classes, one.shares, torch.full((4, 2), at))) for at in (0.2, 0.8))
+    assert not torch.allclose(here, there)
+
+
+def test_an_objective_sees_the_features_it_asks_for_and_what_they_were_made_from() -> None:
+    model, task = build("resnet_basic")
+    source = Conditional(model, task, Ctx.create(0), Recipe(batch=4, widths=(8, 8), features="maxpool"))
+    look = source._look()
+    assert look.features is not None and look.blend is not None and look.noise is not None
+    kept = source.teacher
+    with torch.no_grad():
+        expected = kept.maxpool(kept.relu(kept.bn1(kept.conv1(look.inputs))))  # type: ignore[operator,union-attr]
+        torch.testing.assert_close(look.features, expected)
+        torch.testing.assert_close(look.inputs, source.generator(look.noise, look.blend))
+    assert look.features.requires_grad and torch.equal(look.labels, look.blend.labels(5))
+    assert not any(each._forward_hooks for each in source.teacher.modules())
 
 
 def test_the_loss_is_the_published_codes() -> None:
