@@ -28,12 +28,16 @@ class Qimera(Taught):
     the shares are the label, of the generator as of the student. A learned linear map takes the result to the generator's first layer.
     On large pictures gain and bias of the generator's norms are weighted in the same way. Losses and schedule are those of ``gdfq``.
 
-    The budget ``paper`` is the published setting. There 4-bit ResNets on 1000 classes superpose 500 of them, ResNet-50 in 0.7 of all
-    batches, and 5-bit ResNet-20 on 100 classes 50.
+    Published shares of superposed batches and slots: 0.4 and 2 on 10 classes; 0.4 and 10 (4 bits) or 50 (5 bits) on 100; 500 (4 bits) or
+    100 (5 bits) for ResNets on 1000 classes, with 0.4 for ResNet-18 and 0.7 for ResNet-50; 0.4 and 100 for MobileNetV2. Embeddings start
+    at random, but for ResNet-20 on 100 classes and ResNet-50 as the classifier. All else of the budget ``paper`` is that of ``gdfq``.
 
-    Differs: the published code, which alone could be read, never has the linear map (``mapping=False``), divides the weighted gains and
-    biases by their number, too (``gains="mean"``), and standardises what is superposed over all inputs of a slot instead of each by
-    itself. What ``gdfq`` says of itself holds here, too.
+    Differs: the published code never has the linear map (``mapping=False``), divides the weighted gains and biases by their number, too
+    (``gains="mean"``), and standardises what is superposed over all inputs of a slot instead of each by itself. What ``gdfq`` says of
+    itself holds here, too.
+
+    Reconstructed: from the code; the paper's text was not read. That the linear map follows the superposition is inferred; applied to
+    each part before, it would give the same.
     """
 
     superposed: float = option(0.4, "probability that a batch shows several classes an input", at_least=0, at_most=1)

@@ -94,6 +94,7 @@ def test_the_paper_budget_is_the_published_setting_as_coded() -> None:
 def test_the_journal_and_large_pictures_have_settings_of_their_own() -> None:
     generation, recipe = settings(budget="paper", variant="kmdfq")
     assert (recipe.distance, recipe.weight, generation.objective.statistics) == ("mse", 1.0, 1.0)  # type: ignore[attr-defined]
+    assert [(each.warm_up, each.steps) for each in map(taught.kmdfq_setting, (False, True))] == [(4000, 76000), (10000, 70000)]
     generation, recipe = settings(large=True, budget="paper", warm_up=7)
     assert (recipe.batch, recipe.rate) == (16, 1e-6) and generation.milestones[0] == round((80000 - 10000 + 7) / 4)  # type: ignore[attr-defined]
     assert settings(budget="fast", large=True)[1].batch < settings(budget="fast")[1].batch
