@@ -1,10 +1,13 @@
-"""How a network is run to be measured: what its modules give, batch norms by the statistics of the batch at hand, a quick layout."""
+"""How a network is run to be measured: what its modules take and give, batch norms by the batch's statistics, a quick layout."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from datafree.errors import NetworkError
 
 
 @contextmanager
@@ -81,3 +84,33 @@ def calls(model: nn.Module, inputs: Tensor) -> list[tuple[str, nn.Module, tuple[
         for handle in handles:
             handle.remove()
     return seen
+
+
+@dataclass(frozen=True)
+class Entered:
+    """What a module was handed: its first tensors, joined, on the CPU, and the other arguments of its first call."""
+
+    inputs: Tensor
+    others: tuple[object, ...]
+    named: Mapping[str, object]
+
+
+@torch.no_grad()
+def entering(model: nn.Module, name: str, batches: Iterable[Tensor], run: Callable[[nn.Module, Tensor], object]) -> Entered:
+    """What the module ``name`` is handed while ``run(model, batch)`` goes over the batches. Raises NetworkError where that is no tensor."""
+    seen: list[Entered] = []
+
+    def look(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        if not args or not isinstance(args[0], Tensor):
+            raise NetworkError(f"{name} was not handed a tensor first this time: what enters it cannot be recorded")
+        seen.append(Entered(args[0].to("cpu", copy=True), args[1:], kwargs))
+
+    handle = model.get_submodule(name).register_forward_pre_hook(look, prepend=True, with_kwargs=True)  # before a quantizer of its own
+    try:
+        for batch in batches:
+            run(model, batch)
+    finally:
+        handle.remove()
+    if not seen:
+        raise NetworkError(f"{name} was not called this time: what enters it cannot be recorded")
+    return Entered(torch.cat([each.inputs for each in seen]), seen[0].others, seen[0].named)

@@ -1,14 +1,17 @@
-"""Anchored batch norms: statistics of the batch, the stored affine, and nothing left behind. What modules give. Channels last."""
+"""Anchored batch norms: the batch's statistics, the stored affine, nothing left behind. What modules take and give. Channels last."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import datafree
-from datafree.graph.taps import anchored, calls, channels_last, outputs
-from datafree.plan import Target
+from datafree.errors import NetworkError
+from datafree.graph.taps import anchored, calls, channels_last, entering, outputs
+from datafree.plan import Plan, QSpec, Target
+from datafree.quant.insert import insert
+from datafree.quant.observe import observe
 from datafree.task import Task
-from networks import NAMES, build
+from networks import NAMES, Scripted, build
 
 NORMED = tuple(name for name in NAMES if name not in ("without_norm", "transformer"))
 
@@ -108,3 +111,30 @@ def test_calls_stand_in_the_order_in_which_they_end() -> None:
     assert all(module is model.get_submodule(name) for name, module, _ in found)
     assert found[0][2] == (2, 8, 8, 8) and found[-1][2] == (2, 5)
     assert not any(each._forward_hooks for each in model.modules())
+
+
+def test_what_enters_a_module_is_recorded_before_it_is_quantized_and_as_it_was() -> None:
+    model, task = build("resnet_basic")
+    student = insert(model, Plan({}, {"layers.0:input": QSpec(2, symmetric=False)}))
+    batches = noise(6, task.shape).split(4)
+    observe(student, batches, "minmax", task.run)
+    found = [entering(each, "layers.0", batches, task.run) for each in (model, student)]
+    with torch.no_grad():
+        expected = model.maxpool(model.relu(model.bn1(model.conv1(torch.cat(batches)))))
+    for each in found:
+        assert torch.equal(each.inputs, expected) and each.others == () and each.named == {}
+
+
+def test_other_arguments_are_kept() -> None:
+    conv = Scripted(lambda self, x: x)
+    conv.forward = lambda x, factor, shift: x * factor + shift  # type: ignore[method-assign]
+    model = Scripted(lambda self, x: self.part(x, 2, shift=1), part=conv)
+    found = entering(model, "part", [torch.ones(2, 3)], lambda model, x: model(x))
+    assert found.others == (2,) and found.named == {"shift": 1}
+
+
+def test_a_module_that_was_not_called_or_got_no_tensor_is_told() -> None:
+    model = Scripted(lambda self, x: self.part([x]), part=nn.Identity(), idle=nn.Identity())
+    for name, told in (("idle", "idle was not called"), ("part", "part was not handed a tensor")):
+        with pytest.raises(NetworkError, match=told):
+            entering(model, name, [torch.ones(1)], lambda model, x: model(x))
