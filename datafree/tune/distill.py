@@ -18,12 +18,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from datafree.context import Ctx
 from datafree.errors import MethodError
-from datafree.fit import Stateful, duration, fit
+from datafree.fit import duration, fit
 from datafree.quant.insert import latent_weight, quantized_layers, quantizers, weight_quantizer
 from datafree.quant.observe import observe, observe_moving, observe_percentile
 from datafree.quant.ranges import minmax
 from datafree.synth.noise import augmented
-from datafree.synth.source import Source, Terms
+from datafree.synth.source import Source, Terms, restore, state_of
 from datafree.synth.terms import class_entropy
 from datafree.task import Task
 from datafree.tune.features import FeatureTerm, Maps, captured, difference, find_ends
@@ -231,16 +231,20 @@ class _Lesson:
 
     def state_dict(self) -> dict[str, object]:
         """What the next step depends on beside the parameters."""
-        source = self.source.state_dict() if isinstance(self.source, Stateful) else {}
-        return {"source": source, "mean": self.mean, "averaged": self.averaged, "taken": self.taken, "seconds": self.seconds()}
+        return {
+            "source": state_of(self.source),
+            "mean": self.mean,
+            "averaged": self.averaged,
+            "taken": self.taken,
+            "seconds": self.seconds(),
+        }
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Take back what :meth:`state_dict` gave."""
         source, mean, averaged, taken, seconds = (state[key] for key in ("source", "mean", "averaged", "taken", "seconds"))
         assert isinstance(source, dict) and isinstance(mean, list)
         assert isinstance(averaged, int) and isinstance(taken, int) and isinstance(seconds, float)
-        if isinstance(self.source, Stateful):
-            self.source.load_state_dict(source)
+        restore(self.source, source)
         self.mean, self.averaged, self.taken, self.before, self.begun = mean, averaged, taken, seconds, time.monotonic()
 
 
