@@ -28,6 +28,7 @@ FEWER = {
     "range_batches": 2,
     "batch": 8,
     "pictures": 8,
+    "picture_steps": 3,
 }  # where a method has such fields: what it owes does not depend on them
 TARGETS = (Target((2, 6), protocol="dfmpc"), Target(4, 4, protocol="deploy"), Target(3, 3, protocol="paper"))
 
