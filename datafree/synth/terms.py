@@ -163,8 +163,13 @@ def by_turns(n: int, layers: int, gain: float = 2.0) -> Tensor:
 
 
 def by_depth(layers: int, shallow: float = 0.2, deep: float = 1.1) -> Tensor:
-    """Layers before ``(layers + 1) // 2 - 2`` count less than the others (TexQ's layered statistics): (layers,), mean 1."""
-    return _fair(torch.where(torch.arange(layers) < (layers + 1) // 2 - 2, shallow, deep))
+    """Layers before :func:`first_deep` count less than the others (TexQ's layered statistics): (layers,), mean 1."""
+    return _fair(torch.where(torch.arange(layers) < first_deep(layers), shallow, deep))
+
+
+def first_deep(layers: int) -> int:
+    """The number, counted from 0, of the first of so many layers that is a deep one (FDDA, ECCV 2022)."""
+    return max(0, (layers + 1) // 2 - 2)
 
 
 def _fair(weight: Tensor) -> Tensor:
