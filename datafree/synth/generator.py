@@ -8,8 +8,8 @@ Legend: n inputs, K classes that one input shows, z noise.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, final
 
 import torch
@@ -25,7 +25,7 @@ from datafree.graph.taps import outputs
 from datafree.synth.labels import Blend, Policy, one_class
 from datafree.synth.noise import count_classes
 from datafree.synth.source import Batch, Terms
-from datafree.synth.terms import Gap, class_entropy, gaps, norm_moments, statistics, stored_moments
+from datafree.synth.terms import Gap, Moments, class_entropy, gaps, norm_moments, statistics, stored_moments
 from datafree.task import Task
 
 Form = Literal["factor", "norms", "unconditional"]
@@ -45,6 +45,7 @@ class Look:
         labels: what they are meant to show, as ``Batch.labels``.
         answer: of the teacher, (n, classes).
         found: the gap of each of its norms over the batch.
+        seen: the moments that enter these, from ``terms.norm_moments``.
         blend: what the inputs were made from.
         noise: the same, (n, latent), or (n, K, width) where it is added to the classes.
         features: what the module gives that the recipe names.
@@ -54,6 +55,7 @@ class Look:
     labels: Tensor
     answer: Tensor
     found: list[Gap]
+    seen: Mapping[str, Sequence[Moments]] = field(default_factory=dict)
     blend: Blend | None = None
     noise: Tensor | None = None
     features: Tensor | None = None
@@ -306,4 +308,4 @@ class Conditional:
         with norm_moments(self.teacher) as seen, outputs(self.teacher, self.recipe.features) as features:
             answer = self.task.run(self.teacher, inputs)
         found = gaps(seen, self.stored, per_image=False, spread="variance")
-        return Look(inputs, blend.labels(self.classes), answer, found, blend, noise, features[-1] if features else None)
+        return Look(inputs, blend.labels(self.classes), answer, found, seen, blend, noise, features[-1] if features else None)

@@ -4,6 +4,7 @@ A batch of pixels starts as noise, or as procedural pictures, and follows the gr
 network itself is never changed.
 """
 
+import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Protocol, final
@@ -15,8 +16,10 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 
 from datafree.context import Ctx
 from datafree.errors import NetworkError
-from datafree.fit import Stop, fit
+from datafree.fit import Stop, duration, fit, time_up
+from datafree.graph.flow import flow
 from datafree.graph.swap import frozen_copy
+from datafree.synth.filters import Band, natural_band, texture_gap
 from datafree.synth.prior import Family, pictures
 from datafree.synth.source import NONE, Batch, Prior, Shown, Source, Terms
 from datafree.synth.terms import (
@@ -26,7 +29,10 @@ from datafree.synth.terms import (
     Spread,
     by_depth,
     by_turns,
+    certainty_gap,
     class_entropy,
+    cosine_margin,
+    entering,
     entropy,
     gaps,
     image_prior,
@@ -65,13 +71,21 @@ class Recipe:
         slack: percentile of the gaps on Gaussian inputs, up to which a gap costs nothing (DSG); None: every gap costs.
         layers: ``flat``: all count alike; ``depth``: the first half less (TexQ); ``turns``: each picture counts one of them twice, in
             turns (DSG).
-        classes: weight of the cross-entropy to classes drawn evenly; 0: pictures of no class.
+        classes: weight of the cross-entropy to classes drawn evenly; 0: none.
+        focus: how much more pictures count in it that are hard to tell, see ``terms.class_entropy`` (HAST).
+        certainty: the least probability of its class that a picture is meant to have: one of two, by chance, is given a number above it
+            to reach, the other 1 (IntraQ); None: no such term. Pictures are of no class without this and ``classes``.
+        margin: the least and largest cosine distance from the mean feature, what enters the last layer, of the earlier pictures of its
+            class (IntraQ); None: no such term.
         entropy: weight of the entropy of the answers: decided ones of whatever class.
         prior: weight of ``terms.image_prior``.
+        texture: weight of ``filters.texture_gap`` to procedural pictures (TexQ).
         flip: mirror each picture or not, by chance, before the network sees it.
         roll: shift the batch by up to so many pixels, what leaves on one side entering on the other.
         crop: let the network see a random part of the batch, its sides of this share at least, at the full size; 1: all of it.
+        views: probability with which a step does so at all.
         stop: when it is good enough (``fit.stalled``); None: all steps are taken.
+        max_seconds: that a sample may take, the same for each of its batches; None: any.
     """
 
     steps: int = 500
@@ -87,12 +101,23 @@ class Recipe:
     slack: float | None = None
     layers: Literal["flat", "depth", "turns"] = "flat"
     classes: float = 0.0
+    focus: float = 0.0
+    certainty: float | None = None
+    margin: tuple[float, float] | None = None
     entropy: float = 0.0
     prior: float = 0.0
+    texture: float = 0.0
     flip: bool = False
     roll: int = 0
     crop: float = 1.0
+    views: float = 1.0
     stop: Stop | None = None
+    max_seconds: float | None = None
+
+    @property
+    def labelled(self) -> bool:
+        """Whether pictures are of classes."""
+        return self.classes > 0 or self.certainty is not None
 
 
 class Views(Protocol):
@@ -133,42 +158,79 @@ def _source_of(family: Pictures, teacher: nn.Module, task: Task, ctx: Ctx, recip
     return Prior("mix", task, ctx.generator)
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """What the loss of n pictures goes by.
+
+    Their classes, (n,); how probable each is meant to be, (n,); the sum of the earlier features of its class, (n, width); gaps that cost
+    nothing; the band of texture.
+    """
+
+    labels: Tensor | None
+    certainty: Tensor | None
+    centres: Tensor | None
+    margins: list[tuple[float, float]] | None
+    band: Band | None
+
+
 @final
 class Pixels:
     """A source whose every sample is optimised anew, batch after batch; ``losses`` holds the losses of each batch so far."""
 
     def __init__(self, teacher: nn.Module, task: Task, ctx: Ctx, recipe: Recipe | None = None) -> None:
-        """Raises NetworkError where ``teacher`` has no batch norm with statistics."""
+        """Raises NetworkError where ``teacher`` has no batch norm with statistics, and the pictures are of no classes.
+
+        Pictures of classes have those to learn from, which a note says.
+        """
         self.teacher, self.task, self.ctx = frozen_copy(teacher), task, ctx
         self.recipe = recipe or Recipe()
         self.losses: list[list[float]] = []
         self._stored = stored_moments(self.teacher)
         if not self._stored:
-            raise NetworkError("the network has no batch norm with statistics that pixels could be optimised for: take a Prior instead")
+            if not self.recipe.labelled:
+                raise NetworkError("the network has no batch norm with statistics that pixels could be optimised for: take a Prior instead")
+            ctx.note("the network has no batch norms with statistics that pictures could meet: they are made for their classes alone")
         mean = torch.zeros(task.shape[0], device=ctx.device)
         self._stored[_INPUT] = mean, torch.ones_like(mean)
+        self._last = None if self.recipe.margin is None else _last_layer(self.teacher, task, ctx)
+        self._sums: Tensor | None = None  # of the features of each class so far, (classes, width)
 
     def sample(self, n: int) -> Batch:
         """``n`` new inputs, with their classes where the recipe asks for any."""
         if n < 1:
             raise NetworkError(f"{n} pictures were asked for: at least 1 is needed")
-        generator, size = self.ctx.generator, self.recipe.batch
+        generator, recipe = self.ctx.generator, self.recipe
         labels = None
-        if self.recipe.classes:
+        if recipe.labelled:
             labels = torch.randperm(n, generator=generator, device=generator.device) % count_classes(self.teacher, self.task, self.ctx)
         margins = self._margins()
-        parts = [range(first, min(first + size, n)) for first in range(0, n, size)]
-        found = []
+        band = natural_band(self.task, generator) if recipe.texture else None
+        end = None if recipe.max_seconds is None else time.monotonic() + recipe.max_seconds
+        parts = [range(first, min(first + recipe.batch, n)) for first in range(0, n, recipe.batch)]
+        found, begun = [], len(self.losses)
         for number, part in enumerate(parts, 1):
-            name = f"pictures, batch {number} of {len(parts)}"
-            found.append(self._optimise(len(part), None if labels is None else labels[part.start : part.stop], margins, name))
+            stop = recipe.stop if end is None else time_up((end - time.monotonic()) / (len(parts) + 1 - number))
+            wanted = self._wanted(None if labels is None else labels[part.start : part.stop], margins, band)
+            found.append(self._optimise(len(part), wanted, f"pictures, batch {number} of {len(parts)}", stop))
+        taken, steps = sum(map(len, self.losses[begun:])), recipe.steps * len(parts)
+        if recipe.max_seconds is not None and taken < steps:
+            self.ctx.note(f"pictures: stopped after {taken} of {steps} steps, when their {duration(recipe.max_seconds)} were over")
         return Batch(torch.cat(found), labels)
 
     def update(self, student: nn.Module) -> Terms:
         """Nothing: each sample is optimised to the end."""
         return NONE
 
-    def _optimise(self, n: int, labels: Tensor | None, margins: list[tuple[float, float]] | None, name: str) -> Tensor:
+    def _wanted(self, labels: Tensor | None, margins: list[tuple[float, float]] | None, band: Band | None) -> _Wanted:
+        certainty, low = None, self.recipe.certainty
+        if labels is not None and low is not None:
+            generator = self.ctx.generator
+            coin, share = torch.rand(2, len(labels), generator=generator, device=generator.device)
+            certainty = torch.where(coin < 0.5, low + (1 - low) * share, 1.0)
+        centres = None if labels is None or self._sums is None else self._sums[labels]
+        return _Wanted(labels, certainty, centres, margins, band)
+
+    def _optimise(self, n: int, wanted: _Wanted, name: str, stop: Stop | None) -> Tensor:
         recipe = self.recipe
         pixels = self._start(n).requires_grad_()
         optimizer = torch.optim.Adam([pixels], lr=recipe.rate)
@@ -177,27 +239,46 @@ class Pixels:
             if recipe.falling == "cosine"
             else ReduceLROnPlateau(optimizer, patience=recipe.patience, min_lr=recipe.lowest_rate)
         )
-        with norm_moments(self.teacher) as seen:
-            loss = partial(self._loss, pixels, labels, margins, seen)
-            self.losses.append(fit([pixels], loss, recipe.steps, optimizer, self.ctx, name, falling, recipe.stop))
+        with norm_moments(self.teacher) as seen, entering(self.teacher, self._last) as features:
+            loss = partial(self._loss, pixels, wanted, seen, features)
+            self.losses.append(fit([pixels], loss, recipe.steps, optimizer, self.ctx, name, falling, stop))
+            if self._last is not None and wanted.labels is not None:
+                self._remember(pixels.detach(), wanted.labels, features)
         return pixels.detach()
 
-    def _loss(
-        self, pixels: Tensor, labels: Tensor | None, margins: list[tuple[float, float]] | None, seen: dict[str, list[Moments]]
-    ) -> Tensor:
-        recipe = self.recipe
-        x = augmented(pixels, recipe, self.ctx.generator)
+    @torch.no_grad()
+    def _remember(self, pixels: Tensor, labels: Tensor, features: list[Tensor]) -> None:
+        answer = self.task.run(self.teacher, pixels)
+        sums = F.one_hot(labels, answer.shape[1]).float().T @ features[-1].float()
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def _loss(self, pixels: Tensor, wanted: _Wanted, seen: dict[str, list[Moments]], features: list[Tensor]) -> Terms:
+        recipe, labels = self.recipe, wanted.labels
+        x = self._view(pixels)
+        features.clear()
         answer, found = self._look(x, seen)
         n, depth = len(x), len(found)
         weight = {"flat": None, "depth": by_depth(depth), "turns": by_turns(n, depth)}[recipe.layers]
-        loss = statistics(found, recipe.share, margins, None if weight is None else weight.to(x.device))
-        if labels is not None:
-            loss = loss + recipe.classes * class_entropy(answer, labels)
+        terms = {"statistics": statistics(found, recipe.share, wanted.margins, None if weight is None else weight.to(x.device))}
+        if labels is not None and recipe.classes:
+            terms["cross-entropy"] = recipe.classes * class_entropy(answer, labels, recipe.focus)
+        if labels is not None and wanted.certainty is not None:
+            terms["certainty"] = certainty_gap(answer, labels, wanted.certainty)
+        if wanted.centres is not None and recipe.margin is not None:
+            terms["margin"] = cosine_margin(features[-1], wanted.centres, *recipe.margin)
         if recipe.entropy:
-            loss = loss + recipe.entropy * entropy(answer)
+            terms["entropy"] = recipe.entropy * entropy(answer)
         if recipe.prior:
-            loss = loss + recipe.prior * image_prior(pixels)
-        return loss
+            terms["prior"] = recipe.prior * image_prior(pixels)
+        if wanted.band is not None:
+            terms["texture"] = recipe.texture * texture_gap(pixels, wanted.band)
+        return terms
+
+    def _view(self, pixels: Tensor) -> Tensor:
+        generator = self.ctx.generator
+        if self.recipe.views < 1 and float(torch.rand((), generator=generator, device=generator.device)) >= self.recipe.views:
+            return pixels
+        return augmented(pixels, self.recipe, generator)
 
     def _look(self, x: Tensor, seen: dict[str, list[Moments]]) -> tuple[Tensor, list[Gap]]:
         """The network's answer, and the gap of every layer, the input first."""
@@ -220,6 +301,12 @@ class Pixels:
             return None
         with norm_moments(self.teacher) as seen:
             return margins_of(self._look(self.task.noise(_GAUSSIAN_INPUTS, self.ctx.generator), seen)[1], self.recipe.slack)
+
+
+def _last_layer(teacher: nn.Module, task: Task, ctx: Ctx) -> str | None:
+    """The layer that is called last of all: what enters it are the features of a picture."""
+    layers = flow(teacher, task.noise(2, torch.Generator(ctx.device).manual_seed(0))).layers.values()
+    return max(layers, key=lambda layer: layer.calls[-1]).name if layers else None
 
 
 @torch.no_grad()

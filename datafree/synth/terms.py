@@ -64,6 +64,28 @@ def norm_moments(model: nn.Module) -> Iterator[dict[str, list[Moments]]]:
             handle.remove()
 
 
+@contextmanager
+def entering(model: nn.Module, name: str | None) -> Iterator[list[Tensor]]:
+    """While it lasts, what enters the layer ``name``, its positions averaged, (n, channels), at each call; without a name, nothing.
+
+    They pile up from pass to pass: ``clear`` the list in between.
+    """
+    seen: list[Tensor] = []
+
+    def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        (x,) = args
+        if x.dim() > 2:
+            x = x.flatten(1, -2).mean(1) if isinstance(module, nn.Linear) else x.flatten(2).mean(2)
+        seen.append(x)
+
+    handle = None if name is None else model.get_submodule(name).register_forward_pre_hook(look)
+    try:
+        yield seen
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
 def moments(x: Tensor) -> Moments:
     """Mean and variance over the positions of each input, x: (n, channels, *sizes) -> (n, channels); over the batch where it has one."""
     if x[0, 0].numel() == 1:
@@ -141,18 +163,45 @@ def by_turns(n: int, layers: int, gain: float = 2.0) -> Tensor:
 
 
 def by_depth(layers: int, shallow: float = 0.2, deep: float = 1.1) -> Tensor:
-    """Layers before ``(layers + 1) // 2 - 2`` count less than the others (TexQ's layered statistics): (layers,), mean 1."""
-    return _fair(torch.where(torch.arange(layers) < (layers + 1) // 2 - 2, shallow, deep))
+    """Layers before :func:`first_deep` count less than the others (TexQ's layered statistics): (layers,), mean 1."""
+    return _fair(torch.where(torch.arange(layers) < first_deep(layers), shallow, deep))
+
+
+def first_deep(layers: int) -> int:
+    """The number, counted from 0, of the first of so many layers that is a deep one (FDDA, ECCV 2022)."""
+    return max(0, (layers + 1) // 2 - 2)
 
 
 def _fair(weight: Tensor) -> Tensor:
     return weight / weight.mean(-1, keepdim=True)
 
 
-def class_entropy(answer: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy in nats of the logits, (n, classes), to what the inputs are meant to show: classes (n,), or shares (n, classes)."""
+def class_entropy(answer: Tensor, labels: Tensor, focus: float = 0.0) -> Tensor:
+    """Cross-entropy in nats of the logits, (n, classes), to what the inputs are meant to show: classes (n,), or shares (n, classes).
+
+    ``focus``: each input counts ``(1 - p)^focus`` times, where its cross-entropy is ``-log p`` (HAST, CVPR 2023): hard ones count more.
+    """
     _check_logits(answer)
-    return F.cross_entropy(answer.float(), labels)
+    if not focus:
+        return F.cross_entropy(answer.float(), labels)
+    lost = F.cross_entropy(answer.float(), labels, reduction="none")
+    hardness = -torch.expm1(-lost)
+    return (hardness.clamp(min=_EPSILON) ** focus * lost).mean()
+
+
+def certainty_gap(answer: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
+    """Mean squared distance of the probability of each input's class, of logits (n, classes), from the wanted one, (n,) (IntraQ)."""
+    _check_logits(answer)
+    return (answer.float().softmax(1).gather(1, labels[:, None])[:, 0] - wanted).square().mean()
+
+
+def cosine_margin(features: Tensor, centres: Tensor, nearest: float, farthest: float) -> Tensor:
+    """How far the cosine distances of features and centres, (n, width), lie outside the margin: the mean (IntraQ, CVPR 2022).
+
+    An input whose centre is 0, the one of no feature, costs nothing.
+    """
+    distance = 1 - F.cosine_similarity(features.float(), centres, dim=1)
+    return ((F.relu(nearest - distance) + F.relu(distance - farthest)) * centres.any(1)).mean()
 
 
 def entropy(answer: Tensor) -> Tensor:

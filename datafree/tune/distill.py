@@ -18,12 +18,13 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from datafree.context import Ctx
 from datafree.errors import MethodError
-from datafree.fit import Stateful, duration, fit
+from datafree.fit import duration, fit
 from datafree.quant.insert import latent_weight, quantized_layers, quantizers, weight_quantizer
 from datafree.quant.observe import observe, observe_moving, observe_percentile
 from datafree.quant.ranges import minmax
+from datafree.synth.filters import low_pass
 from datafree.synth.noise import augmented
-from datafree.synth.source import Source, Terms
+from datafree.synth.source import Source, Terms, restore, state_of
 from datafree.synth.terms import class_entropy
 from datafree.task import Task
 from datafree.tune.features import FeatureTerm, Maps, captured, difference, find_ends
@@ -69,6 +70,10 @@ class Recipe:
         roll: shift a batch by up to so many pixels, what leaves on one side entering on the other.
         crop: show a random part of the batch, its sides of this share at least, at the full size; 1: all of it.
         mixup: share of the steps whose inputs and labels are mixtures of two (arXiv 1710.09412).
+        mixed_classes: whether the cross-entropy counts for mixtures too; else they are for the distance alone.
+        low_pass: cutoff of ``filters.low_pass``, in cycles an input, that inputs pass before all else; 0: none.
+        perturb: the distances count a second time, for inputs moved by this much along the sign of their gradient, which reaches the
+            inputs through both networks (HAST, CVPR 2023); 0: they do not.
         max_seconds: when to stop, the setting of ranges included, rates and average following the clock where it is ahead of the steps;
             None: never.
     """
@@ -96,6 +101,9 @@ class Recipe:
     roll: int = 0
     crop: float = 1.0
     mixup: float = 0.0
+    mixed_classes: bool = True
+    low_pass: float = 0.0
+    perturb: float = 0.0
     max_seconds: float | None = None
 
 
@@ -156,12 +164,26 @@ class _Lesson:
         if self.taken % recipe.each == 0:
             self.source.update(self.student)
         x, labels, (t, maps) = self._shown()
-        s, own_maps = self._answer(self.student, x)
-        terms: dict[str, Tensor] = {recipe.distance: recipe.weight * self._distance(t, s)}
-        if recipe.classes:
-            if labels is None:
-                raise MethodError("the source does not know what its inputs show: take a weight of 0 for the classes")
-            terms["cross-entropy"] = recipe.classes * class_entropy(s, labels)
+        said = self._answer(self.student, x)
+        terms = self._apart((t.detach(), maps), said)
+        if recipe.perturb:
+            apart = torch.stack([*self._apart((t, maps), said).values()]).sum()
+            (slope,) = torch.autograd.grad(apart, x, retain_graph=True)
+            terms |= {f"{name} of perturbed inputs": term for name, term in self._perturbed(x, slope).items()}
+        if recipe.classes and labels is not None:
+            terms["cross-entropy"] = recipe.classes * class_entropy(said[0], labels)
+        return terms
+
+    def _perturbed(self, x: Tensor, slope: Tensor) -> dict[str, Tensor]:
+        moved = x.detach() + self.recipe.perturb * slope.sign()
+        with torch.no_grad():
+            told = self._answer(self.teacher, moved)
+        return self._apart(told, self._answer(self.student, moved))
+
+    def _apart(self, told: tuple[Tensor, Maps], said: tuple[Tensor, Maps]) -> dict[str, Tensor]:
+        """How far what the student makes of inputs is from what the teacher does."""
+        recipe, (t, maps), (s, own_maps) = self.recipe, told, said
+        terms = {str(recipe.distance): recipe.weight * self._distance(t, s)}
         if recipe.features is not None and self.ends:
             terms["features"] = recipe.feature_weight * difference(recipe.features, maps, own_maps)
         return terms
@@ -173,21 +195,24 @@ class _Lesson:
 
     @torch.no_grad()
     def _shown(self) -> tuple[Tensor, Tensor | None, tuple[Tensor, Maps]]:
-        """Inputs, labels and what the teacher makes of them."""
+        """Inputs, the labels that count, and what the teacher makes of them; with a gradient where inputs are to be perturbed."""
         recipe, batch = self.recipe, self.source.sample(self.recipe.batch)
-        x, labels = augmented(batch.inputs, recipe, self.generator), batch.labels
+        if recipe.classes and batch.labels is None:
+            raise MethodError("the source does not know what its inputs show: take a weight of 0 for the classes")
+        x, labels = augmented(low_pass(batch.inputs, recipe.low_pass), recipe, self.generator), batch.labels
         device = self.generator.device
         mixes = recipe.mixup > 0 and float(torch.rand((), generator=self.generator, device=device)) < recipe.mixup
         if mixes:
             order = torch.randperm(len(x), generator=self.generator, device=device)
             share = torch.rand((), generator=self.generator, device=device)
             x = torch.lerp(x[order], x, share)
-        changed = mixes or recipe.flip or recipe.roll or recipe.crop < 1
-        known = None if changed or self.ends else batch.answer
-        t, maps = self._answer(self.teacher, x) if known is None else (known, {})
+        changed = mixes or recipe.flip or recipe.roll or recipe.crop < 1 or recipe.low_pass
+        known = None if changed or self.ends or recipe.perturb else batch.answer
+        with torch.set_grad_enabled(recipe.perturb > 0):
+            t, maps = self._answer(self.teacher, x.requires_grad_(recipe.perturb > 0)) if known is None else (known, {})
         if mixes and labels is not None:
             shares = F.one_hot(labels, t.shape[1]).float() if labels.dim() == 1 else labels
-            labels = torch.lerp(shares[order], shares, share)
+            labels = torch.lerp(shares[order], shares, share) if recipe.mixed_classes else None
         return x, labels, (t, maps)
 
     def _distance(self, t: Tensor, s: Tensor) -> Tensor:
@@ -231,16 +256,20 @@ class _Lesson:
 
     def state_dict(self) -> dict[str, object]:
         """What the next step depends on beside the parameters."""
-        source = self.source.state_dict() if isinstance(self.source, Stateful) else {}
-        return {"source": source, "mean": self.mean, "averaged": self.averaged, "taken": self.taken, "seconds": self.seconds()}
+        return {
+            "source": state_of(self.source),
+            "mean": self.mean,
+            "averaged": self.averaged,
+            "taken": self.taken,
+            "seconds": self.seconds(),
+        }
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Take back what :meth:`state_dict` gave."""
         source, mean, averaged, taken, seconds = (state[key] for key in ("source", "mean", "averaged", "taken", "seconds"))
         assert isinstance(source, dict) and isinstance(mean, list)
         assert isinstance(averaged, int) and isinstance(taken, int) and isinstance(seconds, float)
-        if isinstance(self.source, Stateful):
-            self.source.load_state_dict(source)
+        restore(self.source, source)
         self.mean, self.averaged, self.taken, self.before, self.begun = mean, averaged, taken, seconds, time.monotonic()
 
 
@@ -253,7 +282,7 @@ def _ends(teacher: nn.Module, task: Task, ctx: Ctx) -> tuple[str, ...]:
 
 def _set_ranges(student: nn.Module, task: Task, source: Source, recipe: Recipe) -> None:
     points = quantizers(student)
-    batches = (source.sample(recipe.batch).inputs for _ in range(recipe.range_batches))
+    batches = (low_pass(source.sample(recipe.batch).inputs, recipe.low_pass) for _ in range(recipe.range_batches))
     if points and recipe.act_range == "moving":
         observe_moving(student, batches, task.run)
     elif points and recipe.act_range == "percentile":

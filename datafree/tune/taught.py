@@ -1,4 +1,4 @@
-"""What the methods share that teach a student on inputs they make: budgets, the fields these fill in, and the order of events."""
+"""What the methods share that train a student on inputs they make: budgets, the fields these fill in, and the order of events."""
 
 import time
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from datafree.plan import QSpec, Target
 from datafree.quant.insert import insert
 from datafree.synth.generator import Conditional
 from datafree.synth.generator import Recipe as Generation
-from datafree.synth.source import Source
+from datafree.synth.source import Pool, Source
 from datafree.task import Task
 from datafree.tune.distill import ActRange, Falling, Gradient, distill
 from datafree.tune.distill import Recipe as Distillation
@@ -33,14 +33,16 @@ _SHOWN = 64  # pictures, to whoever keeps them
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What a budget fills in: the fields of :class:`Taught` of the same names, and ``milestones``, shares of all steps."""
+    """What a budget fills in: the fields of the same names, where a method has them, and ``milestones``, shares of all steps."""
 
-    warm_up: int
     steps: int
     batch: int
     rate: float
+    warm_up: int = 0
     generator_rate: float = 2e-3
     generator: Size = "light"
+    picture_steps: int = 0
+    pictures: int = 0
     falling: Falling = "one-cycle"
     milestones: tuple[float, ...] = (0.25, 0.5, 0.75)
     act_range: ActRange = "percentile"
@@ -86,7 +88,7 @@ def is_large(task: Task) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Taught(Method):
+class Trained(Method):
     """The fields of a method whose student learns from the network's answers to inputs that a source makes.
 
     The budget ``paper`` is the published setting, meant for a GPU. The others shorten it: higher rates on one cycle, a clipped and
@@ -96,15 +98,12 @@ class Taught(Method):
 
     budget: Budget = option("fast", "fills in what is None: for half a minute, some minutes or an hour on a small network, or as published")
     start: Start = option("nearest", "the student that learns: rounded to nearest, or that of anchor, whose ranges stay")
-    warm_up: int | None = option(None, "steps of the generator alone", at_least=0)
-    steps: int | None = option(None, "steps of the student, and of the generator with it", at_least=0)
+    steps: int | None = option(None, "steps of the student", at_least=0)
     batch: int | None = option(None, "pictures of a step", at_least=2)
     rate: float | None = option(None, "learning rate of the student", at_least=0)
-    generator_rate: float | None = option(None, "learning rate of the generator", at_least=0)
-    generator: Size | None = option(None, "channels of the generator: 64 and 32, or 128 and 64 as published")
     cross_entropy: float | None = option(None, "weight of the cross-entropy in the student's loss", at_least=0)
     weight: float | None = option(None, "weight of the distance from the network's logits in the student's loss", at_least=0)
-    falling: Falling | None = option(None, "the student's rate: one cycle, a cosine, or tenfold at milestones, as the generator's then")
+    falling: Falling | None = option(None, "the student's rate: one cycle, a cosine, or tenfold at milestones, as a generator's then")
     act_range: ActRange | None = option(None, "activation ranges: a moving min-max, a percentile, the extremes, or as they were")
     percentile: float = option(99.9, "of the values that the range holds at either end", at_least=50, at_most=100)
     range_batches: int | None = option(None, "batches that tell the activation ranges", at_least=1)
@@ -120,24 +119,13 @@ class Taught(Method):
             setting = replace(setting, act_range="stay")
         return replace(setting, **{each.name: value for each in fields(Setting) if (value := getattr(self, each.name, None)) is not None})
 
-    def generation(self, setting: Setting) -> Generation:
-        """The recipe of a generator in this setting, one class an input and GDFQ's loss unless they are replaced."""
-        every = setting.warm_up + setting.steps
-        return Generation(
-            batch=setting.batch,
-            rate=setting.generator_rate,
-            milestones=tuple(round(each * every) for each in setting.milestones) if setting.falling == "steps" else (),
-            widths=(128, 64) if setting.generator == "full" else (64, 32),
-        )
-
     def distillation(self, setting: Setting) -> Distillation:
         """The recipe of the student's training in this setting; the distance and what belongs to it are left to the method."""
-        ahead = setting.warm_up / max(1, setting.warm_up + setting.steps)  # the share that is over before the student learns
         return Distillation(
             batch=setting.batch,
             rate=setting.rate,
             falling=setting.falling,
-            milestones=tuple((each - ahead) / (1 - ahead) for each in setting.milestones if ahead < 1),
+            milestones=setting.milestones,
             clip=setting.clip or None,
             weight=setting.weight,
             classes=setting.cross_entropy,
@@ -148,22 +136,6 @@ class Taught(Method):
             gradient=setting.gradient,
             average=setting.average,
         )
-
-    def generated(self, teacher: nn.Module, task: Task, setting: Setting, recipe: Generation, ctx: Ctx) -> Prepare:
-        """A generator, warmed up: what :meth:`teach` takes. It gets the share of the time that its steps alone are meant to take."""
-
-        def prepare(student: nn.Module, seconds: float | None) -> Source:
-            source, steps = Conditional(teacher, task, ctx, recipe), setting.warm_up
-            if seconds is None:
-                source.learn(steps, student)
-                return source
-            share = seconds * steps / max(1, steps + _JOINT * setting.steps)
-            taken = len(source.learn(steps, student, time_up(share)))
-            if taken < steps:
-                ctx.note(f"generator: stopped after {taken} of {steps} steps, when its {duration(share)} were over")
-            return source
-
-        return prepare
 
     def teach(
         self, teacher: nn.Module, task: Task, target: Target, ctx: Ctx, prepare: Prepare, steps: int, recipe: Distillation
@@ -181,17 +153,60 @@ class Taught(Method):
         source = prepare(student, left())
         distill(teacher, student, task, source, steps, ctx, replace(recipe, max_seconds=left()))
         if ctx.on_pictures is not None:
-            ctx.on_pictures(source.sample(_SHOWN).inputs)
+            inputs = source.batch.inputs if isinstance(source, Pool) else source.sample(_SHOWN).inputs
+            ctx.on_pictures(inputs[:_SHOWN])
         return student
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taught(Trained):
+    """The fields of a method with a generator, which learns alone at first and then along with the student."""
+
+    warm_up: int | None = option(None, "steps of the generator alone", at_least=0)
+    generator_rate: float | None = option(None, "learning rate of the generator", at_least=0)
+    generator: Size | None = option(None, "channels of the generator: 64 and 32, or 128 and 64 as published")
+
+    def generation(self, setting: Setting) -> Generation:
+        """The recipe of a generator in this setting, one class an input and GDFQ's loss unless they are replaced."""
+        every = setting.warm_up + setting.steps
+        return Generation(
+            batch=setting.batch,
+            rate=setting.generator_rate,
+            milestones=tuple(round(each * every) for each in setting.milestones) if setting.falling == "steps" else (),
+            widths=(128, 64) if setting.generator == "full" else (64, 32),
+        )
+
+    def distillation(self, setting: Setting) -> Distillation:
+        """As of any method, but milestones are shares of all steps, and those of the generator alone are over by then."""
+        ahead = setting.warm_up / max(1, setting.warm_up + setting.steps)
+        left = tuple((each - ahead) / (1 - ahead) for each in setting.milestones if ahead < 1)
+        return replace(super().distillation(setting), milestones=left)
+
+    def generated(self, teacher: nn.Module, task: Task, setting: Setting, recipe: Generation, ctx: Ctx) -> Prepare:
+        """A generator, warmed up: what :meth:`teach` takes. It gets the share of the time that its steps alone are meant to take."""
+
+        def prepare(student: nn.Module, seconds: float | None) -> Source:
+            source, steps = Conditional(teacher, task, ctx, recipe), setting.warm_up
+            if seconds is None:
+                source.learn(steps, student)
+                return source
+            share = seconds * steps / max(1, steps + _JOINT * setting.steps)
+            taken = len(source.learn(steps, student, time_up(share)))
+            if taken < steps:
+                ctx.note(f"generator: stopped after {taken} of {steps} steps, when its {duration(share)} were over")
+            return source
+
+        return prepare
 
 
 def _shortened(budget: Budget, large: bool) -> Setting:
     """``large``: pictures of the size of ImageNet's, of which a step takes fewer."""
     if budget == "smoke":
-        return Setting(warm_up=40, steps=40, batch=8 if large else 32, rate=1e-3)
+        return Setting(steps=40, batch=8 if large else 32, rate=1e-3, warm_up=40, picture_steps=50, pictures=64)
+    few = 16 if large else 64
     if budget == "fast":
-        return Setting(warm_up=200, steps=400, batch=16 if large else 64, rate=1e-3)
-    return Setting(warm_up=1000, steps=5000, batch=16 if large else 64, rate=1e-3, generator_rate=1e-3, generator="full")
+        return Setting(steps=400, batch=few, rate=1e-3, warm_up=200, picture_steps=150, pictures=256)
+    return Setting(steps=5000, batch=few, rate=1e-3, warm_up=1000, generator_rate=1e-3, generator="full", picture_steps=500, pictures=1024)
 
 
 def _spec(layer: Layer, bits: int) -> QSpec:

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from datafree import fit as loop
 from datafree.context import Ctx, Event
 from datafree.errors import NetworkError
+from datafree.synth import noise as module_under_test
 from datafree.synth.noise import Pixels, Recipe, augmented, source_of
 from datafree.synth.prior import pictures
+from datafree.synth.terms import entering
 from datafree.zoo.digits import digits
 from networks import NAMES, build
 
@@ -75,12 +77,60 @@ def test_pictures_of_classes_need_a_classifier() -> None:
     (
         {"start": "gaussian"}, {"start": "mix"}, {"per_image": False}, {"spread": "variance"}, {"share": "layer"}, {"slack": 50.0},
         {"layers": "turns"}, {"layers": "depth"}, {"classes": 1.0}, {"entropy": 1.0}, {"prior": 0.1}, {"flip": True}, {"roll": 2},
-        {"crop": 0.6}, {"rate": 0.1}, {"falling": "cosine"},
+        {"crop": 0.6}, {"rate": 0.1}, {"falling": "cosine"}, {"classes": 1.0, "focus": 2.0}, {"certainty": 0.9}, {"texture": 0.1},
     ),
     ids=str,
 )  # fmt: skip
 def test_every_option_tells(fields: dict[str, object]) -> None:
     assert not torch.equal(draw(QUICK), draw(dataclasses.replace(QUICK, **fields)))
+
+
+def test_certainties_are_one_or_drawn_for_the_whole_batch() -> None:
+    source = Pixels(*digits(), Ctx.create(0), dataclasses.replace(QUICK, certainty=0.8))
+    wanted = source._wanted(torch.arange(400) % 10, None, None).certainty
+    assert wanted is not None and wanted.min() >= 0.8 and 0.4 < (wanted == 1).float().mean() < 0.6
+    assert wanted[wanted < 1].mean() == pytest.approx(0.9, abs=0.02)
+
+
+@pytest.mark.parametrize(("margin", "low", "high"), ((None, 0.05, 0.15), ((0.3, 1.0), 0.25, 0.4), ((0.0, 0.01), 0.0, 0.04)), ids=str)
+def test_pictures_keep_within_the_margin_of_the_earlier_ones_of_their_class(
+    margin: tuple[float, float] | None, low: float, high: float
+) -> None:
+    model, task = digits()
+    recipe = Recipe(steps=25, rate=0.2, classes=0.1, batch=10, margin=margin, per_image=False, start="mix")
+    source, features = Pixels(model, task, Ctx.create(0), recipe), []
+    for batch in (source.sample(10), source.sample(10)):
+        assert batch.labels is not None
+        with torch.no_grad(), entering(model, "fc") as seen:
+            model(batch.inputs[batch.labels.argsort()])
+        features += seen
+    assert low < float(1 - torch.cosine_similarity(*features, dim=1).mean()) < high
+
+
+def test_views_by_chance() -> None:
+    source = Pixels(*digits(), Ctx.create(0), dataclasses.replace(QUICK, flip=True, crop=0.5, views=0.5))
+    pixels = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert 0 < sum(source._view(pixels) is pixels for _ in range(20)) < 20
+
+
+def test_time_is_shared_by_the_batches_of_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100_000))
+    monkeypatch.setattr(module_under_test.time, "monotonic", lambda: next(clock) / 4)
+    events: list[Event] = []
+    source = Pixels(*digits(), Ctx.create(0, on_event=events.append), Recipe(steps=500, batch=4, max_seconds=20.0))
+    assert torch.isfinite(source.sample(12).inputs).all()
+    taken = [len(each) for each in source.losses]
+    assert max(taken) < 2 * min(taken) and max(taken) < 200
+    assert events[-1].message == f"pictures: stopped after {sum(taken)} of 1500 steps, when their 20 s were over"
+
+
+def test_a_network_without_batch_norms_has_pictures_for_its_classes() -> None:
+    model, task = build("without_norm")
+    events: list[Event] = []
+    batch = Pixels(model, task, Ctx.create(0, on_event=events.append), Recipe(steps=30, rate=0.1, classes=1.0, batch=10)).sample(10)
+    assert batch.labels is not None and "for their classes alone" in events[0].message
+    with torch.no_grad():
+        assert (model(batch.inputs).argmax(1) == batch.labels).float().mean() > 0.9
 
 
 def test_slack_lets_gaps_be() -> None:

@@ -12,7 +12,10 @@ from datafree.synth.terms import (
     Gap,
     by_depth,
     by_turns,
+    certainty_gap,
     class_entropy,
+    cosine_margin,
+    entering,
     entropy,
     gaps,
     image_prior,
@@ -159,6 +162,43 @@ def test_entropies_agree_with_loops() -> None:
     for term in (entropy, lambda x: class_entropy(x, labels)):
         with pytest.raises(NetworkError, match="answers \\(5, 1\\).*leave the classes out"):
             term(answer[:, :1])
+
+
+def test_a_focus_weighs_by_hardness_and_bears_certainty() -> None:
+    answer, labels = 3 * normal(6, 4), torch.tensor([0, 3, 1, 1, 2, 0])
+    p = answer.double().softmax(1).gather(1, labels[:, None])[:, 0]
+    for focus in (0.5, 2.0):
+        assert float(class_entropy(answer, labels, focus)) == pytest.approx(float(-((1 - p) ** focus * p.log()).mean()), rel=1e-5)
+    certain = torch.tensor([[200.0, 0.0]], requires_grad=True)
+    class_entropy(certain, torch.tensor([0]), 0.5).backward()
+    assert certain.grad is not None and torch.isfinite(certain.grad).all()
+
+
+def test_probabilities_are_asked_for() -> None:
+    answer, labels = torch.tensor([[0.0, 0.0], [0.0, math.log(3)]]), torch.tensor([0, 1])
+    assert float(certainty_gap(answer, labels, torch.tensor([0.5, 0.75]))) == pytest.approx(0, abs=1e-12)
+    assert float(certainty_gap(answer, labels, torch.tensor([1.0, 0.75]))) == pytest.approx(0.125)
+
+
+def test_features_keep_within_the_margin() -> None:
+    features = torch.tensor([[2.0, 0.0], [1.0, 1.0], [0.0, 3.0], [1.0, 0.0]])
+    centres = torch.tensor([[5.0, 0.0]] * 3 + [[0.0, 0.0]])  # the last of no feature yet
+    far = 1 - math.sqrt(0.5)
+    assert float(cosine_margin(features, centres, 0.1, 0.8)) == pytest.approx((0.1 + 0 + 0.2 + 0) / 4, abs=1e-6)
+    assert float(cosine_margin(features, centres, 0.0, far)) == pytest.approx((1 - far) / 4, abs=1e-6)
+    assert float(cosine_margin(features, centres, 0.0, 2.0)) == 0
+
+
+def test_what_enters_a_layer_is_averaged_over_positions() -> None:
+    conv, linear = nn.Conv2d(3, 4, 1), nn.Linear(5, 2)
+    x, tokens = normal(2, 3, 6, 5), normal(2, 7, 5)
+    with entering(nn.Sequential(conv), "0") as seen:
+        conv(x)
+    assert torch.allclose(seen[0], x.mean((2, 3)))
+    with entering(nn.Sequential(linear), "0") as seen, entering(linear, None) as nothing:
+        linear(tokens), linear(tokens[:, 0])
+    assert torch.allclose(seen[0], tokens.mean(1)) and seen[1].equal(tokens[:, 0]) and not nothing
+    assert not conv._forward_pre_hooks and not linear._forward_pre_hooks
 
 
 def test_total_variation_and_prior_agree_with_loops() -> None:

@@ -21,12 +21,14 @@ from datafree.quant.freeze import freeze, materialise
 from datafree.quant.insert import insert, latent_weight, quantized_layers, quantizers, weight_quantizer
 from datafree.quant.observe import observe
 from datafree.quant.ranges import minmax
+from datafree.synth.filters import low_pass
 from datafree.synth.generator import Conditional
 from datafree.synth.generator import Recipe as Generation
 from datafree.synth.prior import pictures
 from datafree.synth.source import Batch, Pool, Prior, Source
 from datafree.tune import distill as module_under_test
 from datafree.tune.distill import Recipe, distill
+from datafree.tune.features import attention
 from datafree.zoo.digits import digits
 
 MODEL, TASK = digits()
@@ -152,7 +154,8 @@ def plain() -> nn.Module:
     (
         {"rate": 2e-3}, {"falling": "cosine"}, {"falling": "steps"}, {"weight_decay": 0.1}, {"clip": 0.1}, {"batch": 9},
         {"distance": "kl"}, {"weight": 2.0}, {"classes": 1.0}, {"average": 0.0}, {"average": 1.0}, {"flip": True}, {"roll": 2},
-        {"crop": 0.5}, {"mixup": 1.0}, {"gradient": "identity"}, {"range_batches": 2}, {"percentile": 90.0},
+        {"crop": 0.5}, {"mixup": 1.0}, {"low_pass": 2.0}, {"perturb": 0.1}, {"gradient": "identity"},
+        {"range_batches": 2}, {"percentile": 90.0},
     ),
     ids=str,
 )  # fmt: skip
@@ -195,6 +198,35 @@ def test_mixtures_of_two_have_shares_of_both_labels(monkeypatch: pytest.MonkeyPa
     x, labels, (t, _) = lesson._shown()
     assert labels is not None and labels.shape == (8, 10) and torch.allclose(labels.sum(1), torch.ones(8))
     assert ((labels > 0).sum(1) == 2).any() and torch.equal(t, MODEL(x).detach())
+
+
+def test_mixtures_may_be_for_the_distance_alone() -> None:
+    recipe = dataclasses.replace(QUICK, mixup=1.0, classes=1.0)
+    for mixed_classes, names in ((True, {"mse", "cross-entropy"}), (False, {"mse"})):
+        chosen = dataclasses.replace(recipe, mixed_classes=mixed_classes)
+        lesson = module_under_test._Lesson(MODEL, trained(steps=0), TASK, labelled(), 1, Ctx.create(0), chosen)
+        assert lesson().keys() == names
+
+
+def test_perturbed_inputs_are_harder_and_count_as_well() -> None:
+    recipe = dataclasses.replace(QUICK, perturb=0.02, features=attention)
+    lesson = module_under_test._Lesson(MODEL, trained(steps=0), TASK, labelled(), 1, Ctx.create(0), recipe)
+    shown: list[Tensor] = []
+    lesson.student.register_forward_pre_hook(lambda module, args: shown.append(args[0].detach()))
+    terms = lesson()
+    assert terms.keys() == {"mse", "features", "mse of perturbed inputs", "features of perturbed inputs"}
+    moves = (shown[1] - shown[0]).abs()
+    assert moves.max() == pytest.approx(0.02, rel=1e-3) and (moves > 0.019).float().mean() > 0.9
+    assert terms["mse of perturbed inputs"] > 1.1 * terms["mse"]
+    torch.stack([*terms.values()]).sum().backward()
+    assert all(each.grad is None for each in MODEL.parameters())
+
+
+def test_a_low_pass_comes_before_all_else() -> None:
+    recipe = dataclasses.replace(QUICK, low_pass=1.5, batch=64)
+    lesson = module_under_test._Lesson(MODEL, untrained(), TASK, labelled(), 1, Ctx.create(0), recipe)
+    x, labels, (t, _) = lesson._shown()
+    assert torch.equal(x, low_pass(labelled().sample(64).inputs, 1.5)) and torch.equal(t, MODEL(x).detach())
 
 
 def test_labels_are_asked_for_where_they_are_missing() -> None:
