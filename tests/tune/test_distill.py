@@ -286,7 +286,7 @@ def test_killed_it_resumes_to_the_same_bits(learns: bool, tmp_path: Path, monkey
 
 def test_time_stops_it_and_the_rates_keep_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(1, 10_000))
-    monkeypatch.setattr(module_under_test.time, "monotonic", lambda: next(clock) / 4)
+    monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock) / 4)
     notes: list[Event] = []
     student, ctx = untrained(), Ctx.create(0, on_event=lambda event: notes.append(event) if event.name == "note" else None)
     lost = distill(MODEL, student, TASK, labelled(), 1000, ctx, dataclasses.replace(QUICK, max_seconds=10.0))
