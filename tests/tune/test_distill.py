@@ -294,3 +294,29 @@ def test_time_stops_it_and_the_rates_keep_pace(monkeypatch: pytest.MonkeyPatch) 
     assert [each.message for each in notes] == [f"distill: stopped after {len(lost)} of 1000 steps, when its 10 s were over"]
     assert not same(student, trained(steps=0, source=labelled()))
     assert distill(MODEL, student, TASK, labelled(), 5, ctx, dataclasses.replace(QUICK, max_seconds=0.0)) == []
+    assert notes[-1].message == "distill: stopped after 0 of 5 steps, when its 0 s were over"
+
+
+def test_the_setting_of_ranges_counts_and_a_budget_that_is_too_small_still_gives_a_student(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now)
+
+    def slow(inputs: Tensor) -> Tensor:
+        nonlocal now
+        now += 3.0
+        return inputs
+
+    student = untrained()
+    recipe = dataclasses.replace(QUICK, max_seconds=5.0, range_batches=2)
+    assert distill(MODEL, student, TASK, Failing(0, slow), 9, Ctx.create(0), recipe) == []
+    assert all(each.ready for each in quantizers(student).values())
+    with torch.no_grad():
+        assert torch.isfinite(student(TASK.noise(2, torch.Generator().manual_seed(0)))).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
+def test_compiled_networks_teach_and_learn_the_same() -> None:
+    student = trained(dataclasses.replace(QUICK, compile="aot_eager"), steps=2)
+    assert same(student, trained(steps=2)), "not to the last bit"
+    assert [name for name, _ in student.named_modules()] == [name for name, _ in untrained().named_modules()]
+    assert student._compiled_call_impl is None and MODEL._compiled_call_impl is None
