@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, final
+from typing import Literal, cast, final
 
 import torch
 import torch.nn.functional as F
@@ -162,7 +162,7 @@ class _Lesson:
         self.ends = () if recipe.features is None else _ends(teacher, task, ctx)
         self.compiled: dict[nn.Module, nn.Module] = {}
         if recipe.compile is not None and not self.ends:
-            self.compiled = {each: torch.compile(each, backend=recipe.compile) for each in (teacher, student)}
+            self.compiled = {each: cast(nn.Module, torch.compile(each, backend=recipe.compile)) for each in (teacher, student)}
         self.params = [each for each in student.parameters() if each.is_floating_point()]
         self.mean = [torch.zeros_like(each) for each in self.params]
         self.averaged = self.taken = 0

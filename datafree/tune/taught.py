@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import nn
 
@@ -87,7 +87,7 @@ class Taught(Method):
     it) but more weight on the distance, and the first two a lighter generator.
     """
 
-    shares_work: ClassVar[bool] = True
+    shares_work = True
 
     budget: Budget = option("fast", "fills in what is None: for half a minute, some minutes or an hour on a small network, or as published")
     start: Start = option("nearest", "the student that learns: rounded to nearest, or that of anchor, whose ranges stay")

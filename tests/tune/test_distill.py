@@ -316,7 +316,8 @@ def test_the_setting_of_ranges_counts_and_a_budget_that_is_too_small_still_gives
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
 def test_compiled_networks_teach_and_learn_the_same() -> None:
+    torch._dynamo.utils.counters.clear()
     student = trained(dataclasses.replace(QUICK, compile="aot_eager"), steps=2)
+    assert torch._dynamo.utils.counters["frames"]["ok"] == 2, "the teacher and the student, each once"
     assert same(student, trained(steps=2)), "not to the last bit"
     assert [name for name, _ in student.named_modules()] == [name for name, _ in untrained().named_modules()]
-    assert student._compiled_call_impl is None and MODEL._compiled_call_impl is None
