@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from datafree import parallel
 from datafree.bits.cost import float_bytes, packed_bytes
 from datafree.context import Ctx, Event
 from datafree.errors import MethodError, MissingExtraError, NetworkError, OutputError, TargetError, WeightsError
@@ -242,9 +243,11 @@ def quantize(
         target: bits, protocol and exceptions, or a whole plan; ``Target()`` unless given.
         seed: of every random draw.
         device: where to work, the CPU unless told otherwise; the student stays there.
-        on_event: called with every :class:`Event` of progress.
+        on_event: called with every :class:`Event` of progress; of several processes only that of the first is.
         folder: for checkpoints of what is optimised: after a kill the same call goes on from the last one, to the same student. They are
             removed once the student is made. None: no file is written.
+
+    Processes that have called ``datafree.parallel.join`` make the student together, and each returns the same one.
 
     Raises:
         DatafreeError: see ``datafree.errors``; the message says what to do.
@@ -266,10 +269,12 @@ def quantize(
         "weights_hash": weights_hash(model),
         "seed": seed,
         "device": str(ctx.device),
+        "processes": parallel.count(),
         "method": chosen.name,
         "fields": asdict(chosen),  # type: ignore[call-overload]
         "target": asdict(target),
     }
+    _check_processes(chosen, asked)
     start = time.perf_counter()
     with resumable(ctx, None if folder is None else Path(folder), strict_json({**asked, "task": asdict(task)})) as ctx:
         student = student_of(chosen, teacher, task, target, ctx)
@@ -324,6 +329,7 @@ def student_of(method: Method, teacher: nn.Module, task: Task, target: Target, c
     student = method.run(teacher, task, target, ctx).eval()
     if target.protocol == "deploy" and quantizers(student):
         settle(student, read(teacher, task, replace(ctx, on_event=lambda event: None)))
+    parallel.align(student.state_dict().values())
     _check_contract(teacher, student, task, target)
     return student
 
@@ -343,10 +349,18 @@ def _noting(notes: list[str], on_event: Callable[[Event], None] | None) -> Calla
     def listen(event: Event) -> None:
         if event.name == "note":
             notes.append(event.message)
-        if on_event is not None:
+        if on_event is not None and not parallel.rank():
             on_event(event)
 
     return listen
+
+
+def _check_processes(method: Method, asked: Mapping[str, object]) -> None:
+    """Several processes must have something to share, and be asked for the same."""
+    if parallel.count() > 1 and not method.shares_work:
+        raise MethodError(f"{method.name} trains nothing that {parallel.count()} processes could share: start it without torchrun")
+    if len(set(parallel.gathered(strict_json({**asked, "device": None})))) > 1:
+        raise MethodError("the processes were not given the same network, method, target and seed: make them alike")
 
 
 def _check_contract(teacher: nn.Module, student: nn.Module, task: Task, target: Target) -> None:

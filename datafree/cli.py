@@ -15,7 +15,7 @@ from rich.console import Console, RenderableType
 from rich.console import Group as Stack
 from rich.padding import Padding
 
-from datafree import show
+from datafree import parallel, show
 from datafree.api import Result, check_free, load, quantize, with_estimate, with_layers
 from datafree.cli_export import bench_speed_command, export_command, verify_command
 from datafree.cli_flags import (
@@ -156,7 +156,7 @@ def _quantize_command(chosen: type[Method]) -> Callable[..., None]:
         network: NetworkGroup = NETWORK,
         own: Method = default,
     ) -> None:
-        _quantize(net, flags, network, own)
+        _quantize(net, flags, replace(network, device=parallel.join(network.device)), own)
 
     return for_method(command, chosen, "Quantize a network and save what came of it.", QuantizeFlags)
 
@@ -236,6 +236,8 @@ def _quantize(net: str, flags: QuantizeFlags, network: NetworkFlags, method: Met
                 found.model, found.task, method=method, target=target, seed=flags.seed, device=network.device, on_event=listen,
                 folder=wanted.with_name(f".{wanted.name}.resume"),
             )  # fmt: skip
+        if parallel.rank():
+            return  # the first process does the rest
         result = with_layers(result.keeping_pictures() if flags.keep_pictures else result, found.model)
         result = with_estimate(result, found.model)
         comparison, data_name, refused = None, "", None
@@ -299,7 +301,7 @@ def _stdout() -> Console:
 
 
 def _stderr() -> Console:
-    return Console(stderr=True)
+    return Console(stderr=True, quiet=parallel.rank() > 0)
 
 
 def _data(data: str, net: str, task: Task) -> tuple[Data, str]:

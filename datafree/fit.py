@@ -4,6 +4,9 @@ Where ``Ctx.folder`` is set, every :data:`CHECKPOINT_STEPS` steps and at the end
 the parameters, the states of optimizer, schedule and random generator, what the loss itself keeps, and the losses so far. Its name holds
 a hash of the state in which the fit began, so that the fits of one run do not meet, and the same run, started again, finds each of them
 where it was. :func:`resumable` keeps different runs apart.
+
+Several processes (:mod:`datafree.parallel`) take every step together: each computes the loss with random draws of its own, gradients and
+losses are averaged, and the first writes the checkpoints. A loss that calls :func:`fit` itself works in one process only.
 """
 
 import hashlib
@@ -14,16 +17,17 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Protocol, runtime_checkable
+from typing import Protocol, final, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from datafree import parallel
 from datafree.context import Ctx
 from datafree.errors import MethodError, OutputError
 
@@ -46,6 +50,15 @@ class Stateful(Protocol):
         ...
 
 
+@runtime_checkable
+class Timed(Protocol):
+    """A stop that comes after some time, if not before."""
+
+    def left(self) -> float:
+        """Seconds until then; infinite where it never comes."""
+        ...
+
+
 @contextmanager
 def resumable(ctx: Ctx, folder: Path | None, asked: str) -> Iterator[Ctx]:
     """``ctx`` with a place in ``folder`` for the checkpoints of one run, removed once the block ends well; no folder: ``ctx`` itself.
@@ -55,11 +68,14 @@ def resumable(ctx: Ctx, folder: Path | None, asked: str) -> Iterator[Ctx]:
     if folder is None:
         yield ctx
         return
-    place = folder / hashlib.sha256(asked.encode()).hexdigest()[:16]
+    place = folder / hashlib.sha256(parallel.agreed(asked).encode()).hexdigest()[:16]
     others = [each for each in folder.glob("*/") if each != place and any(each.glob("*.pt"))]
     if others:
         ctx.note(f"{folder} holds checkpoints of {len(others)} other runs (another network, method, target or seed), which are not taken")
     yield replace(ctx, folder=place)
+    parallel.gathered(None)  # no process needs them any more
+    if parallel.rank():
+        return
     shutil.rmtree(place, ignore_errors=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
@@ -96,40 +112,54 @@ def fit(
     """
     place = None if ctx.folder is None else ctx.folder / _file_name(name, params, optimizer, ctx)
     kept = loss if isinstance(loss, Stateful) else None
-    losses = [] if place is None else _resume(place, params, optimizer, schedule, kept, ctx)
-    start, begun = time.monotonic(), len(losses)
-    if begun:
-        ctx.note(f"{name}: resumed at step {begun} of {steps}")
-    while len(losses) < steps and not (stop is not None and stop(losses)):
-        optimizer.zero_grad()
-        with torch.enable_grad(), torch.autocast(ctx.device.type, torch.bfloat16, enabled=ctx.device.type == "cuda"):
-            found = loss()
-            value = total(found if isinstance(found, Mapping) else {"loss": found}, name, len(losses) + 1)
-        value.backward()  # type: ignore[no-untyped-call]
-        losses.append(float(value.detach()))
-        optimizer.step()
-        if isinstance(schedule, ReduceLROnPlateau):
-            schedule.step(losses[-1])
-        elif schedule is not None:
-            schedule.step()
-        if place is not None and (len(losses) % CHECKPOINT_STEPS == 0 or len(losses) == steps):
+    with parallel.apart(ctx.generator):
+        losses = [] if place is None else _resume(place, params, optimizer, schedule, kept, ctx)
+        parallel.align(params)
+        start, begun = time.monotonic(), len(losses)
+        if begun:
+            ctx.note(f"{name}: resumed at step {begun} of {steps}")
+        while len(losses) < steps and not (stop is not None and parallel.agreed(stop(losses))):
+            optimizer.zero_grad()
+            with torch.enable_grad(), torch.autocast(ctx.device.type, torch.bfloat16, enabled=ctx.device.type == "cuda"):
+                found = loss()
+                value = total(found if isinstance(found, Mapping) else {"loss": found}, name, len(losses) + 1)
+            value.backward()  # type: ignore[no-untyped-call]
+            parallel.average_gradients(params)
+            losses.append(float(parallel.mean(value)))
+            optimizer.step()
+            if isinstance(schedule, ReduceLROnPlateau):
+                schedule.step(losses[-1])
+            elif schedule is not None:
+                schedule.step()
+            if place is not None and (len(losses) % CHECKPOINT_STEPS == 0 or len(losses) == steps):
+                _save(place, params, optimizer, schedule, kept, ctx, losses)
+            pace = (time.monotonic() - start) / (len(losses) - begun)
+            left = min(pace * (steps - len(losses)), _left(stop))
+            ctx.progress(name, len(losses), steps, f"loss {losses[-1]:.3g}, {duration(left)} left")
+        if place is not None and begun < len(losses) < steps:
             _save(place, params, optimizer, schedule, kept, ctx, losses)
-        pace = (time.monotonic() - start) / (len(losses) - begun)
-        ctx.progress(name, len(losses), steps, f"loss {losses[-1]:.3g}, {duration(pace * (steps - len(losses)))} left")
-    if place is not None and begun < len(losses) < steps:
-        _save(place, params, optimizer, schedule, kept, ctx, losses)
     return losses
 
 
 def total(terms: Mapping[str, Tensor], name: str, step: int) -> Tensor:
-    """The sum of the terms of a loss. Raises MethodError where it is not finite, naming the stage, its step and the terms to blame."""
+    """The sum of the terms of a loss.
+
+    Raises MethodError where it is not finite, in whichever process, naming the stage, its step and the terms to blame.
+    """
     value = torch.stack([each.float() for each in terms.values()]).sum()
-    if not torch.isfinite(value):
-        found = {key: float(each.detach()) for key, each in terms.items()}
-        wrong = {key: each for key, each in found.items() if not math.isfinite(each)} or found
-        told = " and ".join(f"the {key} is {each}" for key, each in wrong.items())
-        raise MethodError(f"{name}: {told} at step {step}: lower the learning rate")
+    if not torch.isfinite(parallel.mean(value)):
+        told = [each for each in parallel.gathered(_blamed(terms, value)) if each] or ["the sum of the losses of all processes is infinite"]
+        raise MethodError(f"{name}: {told[0]} at step {step}: lower the learning rate")
     return value
+
+
+def _blamed(terms: Mapping[str, Tensor], value: Tensor) -> str:
+    """The terms that are not finite, all of them where only their sum is not; nothing where that is finite."""
+    if torch.isfinite(value):
+        return ""
+    found = {key: float(each.detach()) for key, each in terms.items()}
+    wrong = {key: each for key, each in found.items() if not math.isfinite(each)} or found
+    return " and ".join(f"the {key} is {each}" for key, each in wrong.items())
 
 
 def stalled(window: int = 50, gain: float = 0.01) -> Stop:
@@ -144,10 +174,54 @@ def stalled(window: int = 50, gain: float = 0.01) -> Stop:
     return stop
 
 
-def time_up(seconds: float) -> Stop:
-    """Stop so many seconds from now."""
-    end = time.monotonic() + seconds
-    return lambda losses: time.monotonic() >= end
+@final
+class Clock:
+    """Stops a fit once so many ``seconds`` are over since it was made; None: never. All processes go by the clock of the first.
+
+    ``elapsed`` holds the seconds up to the last look at it, those before a kill included.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds, self.elapsed, self.begun = parallel.agreed(seconds), 0.0, time.monotonic()
+
+    def __call__(self, losses: Sequence[float] = ()) -> bool:
+        """Look whether the time is up."""
+        if self.seconds is None:
+            return False
+        self.elapsed = parallel.agreed(time.monotonic() - self.begun)
+        return self.elapsed >= self.seconds
+
+    def left(self) -> float:
+        """Seconds that were left at the last look."""
+        return math.inf if self.seconds is None else max(0.0, self.seconds - self.elapsed)
+
+    def share(self) -> float:
+        """How much of its time was over at the last look, 0 to 1."""
+        return 0.0 if self.seconds is None else min(1.0, self.elapsed / max(self.seconds, 1e-9))
+
+    def resume(self, elapsed: float) -> None:
+        """Go on as if so many seconds were over."""
+        self.elapsed, self.begun = elapsed, time.monotonic() - elapsed
+
+
+@final
+@dataclass(frozen=True)
+class FirstOf:
+    """Stops a fit as soon as any of ``stops`` does."""
+
+    stops: tuple[Stop, ...]
+
+    def __call__(self, losses: Sequence[float]) -> bool:
+        """Whether any says so."""
+        return any(stop(losses) for stop in self.stops)
+
+    def left(self) -> float:
+        """Seconds until the first that is :class:`Timed`."""
+        return min(map(_left, self.stops))
+
+
+def _left(stop: object) -> float:
+    return stop.left() if isinstance(stop, Timed) else math.inf
 
 
 def duration(seconds: float) -> str:
@@ -160,7 +234,7 @@ def duration(seconds: float) -> str:
 
 def _file_name(name: str, params: Sequence[Tensor], optimizer: Optimizer, ctx: Ctx) -> str:
     """``name``, and a hash of where the fit begins."""
-    digest = hashlib.sha256(repr(sorted(optimizer.defaults.items())).encode())
+    digest = hashlib.sha256(repr((parallel.count(), sorted(optimizer.defaults.items()))).encode())
     for each in (*params, ctx.generator.get_state()):
         digest.update(repr(tuple(each.shape)).encode() + each.detach().cpu().contiguous().view(-1).numpy().tobytes())
     return f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{digest.hexdigest()[:16]}.pt"
@@ -184,7 +258,7 @@ def _resume(
         schedule.load_state_dict(state["schedule"])
     if kept is not None:
         kept.load_state_dict(state["kept"])
-    ctx.generator.set_state(state["generator"].cpu())
+    ctx.generator.set_state(state["generators"][parallel.rank()].cpu())
     losses: list[float] = state["losses"]
     return losses
 
@@ -199,12 +273,15 @@ def _save(
     losses: list[float],
 ) -> None:
     """Write the checkpoint beside its place, then move it there: a kill leaves the old one or the new one, never a part."""
+    generators = parallel.gathered(ctx.generator.get_state())
+    if parallel.rank():
+        return
     state = {
         "params": [each.detach() for each in params],
         "optimizer": optimizer.state_dict(),
         "schedule": None if schedule is None else schedule.state_dict(),
         "kept": None if kept is None else kept.state_dict(),
-        "generator": ctx.generator.get_state(),
+        "generators": generators,
         "losses": losses,
     }
     beside = place.with_suffix(f".{os.getpid()}.part")

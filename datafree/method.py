@@ -35,6 +35,7 @@ class Method(ABC):
     """A way to quantize a network: subclasses are final, and made with :func:`method`."""
 
     name: ClassVar[str]
+    shares_work: ClassVar[bool] = False  # whether it is quicker in several processes: it trains something in ``fit``
 
     @abstractmethod
     def run(self, teacher: nn.Module, task: Task, target: Target, ctx: Ctx) -> nn.Module:

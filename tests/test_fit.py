@@ -1,6 +1,7 @@
 """The loop descends, stops, tells how far it is, and after a kill at any step goes on to the same bits."""
 
 import dataclasses
+import math
 import os
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from datafree import fit as module_under_test
 from datafree.context import Ctx, Event
 from datafree.errors import MethodError, OutputError
-from datafree.fit import duration, fit, resumable, stalled
+from datafree.fit import Clock, FirstOf, duration, fit, resumable, stalled
 
 STEPS, EVERY = 12, 5
 
@@ -118,6 +119,34 @@ def test_progress_tells_the_loss_and_the_time_left(monkeypatch: pytest.MonkeyPat
     _, losses = run(Ctx.create(0, on_event=events.append), steps=10)
     assert [(each.step, each.total) for each in events] == [(step, 10) for step in range(1, 11)]
     assert events[3].message == f"loss {losses[3]:.3g}, 3 min left" and events[9].message.endswith(", 0 s left")
+
+
+def test_the_time_left_is_that_until_a_stop_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 10_000, 10))
+    monkeypatch.setattr(module_under_test.time, "monotonic", lambda: next(clock))
+    events: list[Event] = []
+    x = torch.ones(1, requires_grad=True)
+    stop = FirstOf((stalled(), Clock(100.0)))
+    losses = fit(
+        [x], lambda: x.square().sum(), 1000, torch.optim.SGD([x], lr=0.1), Ctx.create(0, on_event=events.append), "descend", stop=stop
+    )
+    told = [each.message.split(", ")[1] for each in events]
+    assert told == ["80 s left", "60 s left", "40 s left", "20 s left", "0 s left"][: len(losses)] and len(losses) >= 4
+    assert stop.left() == 0.0
+
+
+def test_a_clock_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(module_under_test.time, "monotonic", lambda: now)
+    clock, never = Clock(10.0), Clock(None)
+    now = 4.0
+    assert not clock() and (clock.elapsed, clock.left(), clock.share()) == (4.0, 6.0, 0.4)
+    other = Clock(10.0)
+    other.resume(clock.elapsed)
+    now = 9.0
+    assert not other() and other.left() == 1.0
+    now = 10.0
+    assert other() and other.share() == 1.0 and not never() and (never.left(), never.share()) == (math.inf, 0.0)
 
 
 def test_stops_by_its_own_criterion(tmp_path: Path) -> None:

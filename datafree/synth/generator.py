@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import MultiStepLR
 
+from datafree import parallel
 from datafree.context import Ctx
 from datafree.errors import NetworkError
 from datafree.fit import Stop, fit, total
@@ -270,6 +271,7 @@ class Conditional:
         loss = total(terms, "generator", self.schedule.last_epoch + 1)
         self.optimizer.zero_grad()
         loss.backward(inputs=self.params)  # type: ignore[no-untyped-call]
+        parallel.average_gradients(self.params)
         self.optimizer.step()
         self.schedule.step()
         self._fresh = Batch(look.inputs.detach(), self._known(look.labels), look.answer.detach())

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 
 from datafree.context import Ctx
 from datafree.errors import NetworkError
-from datafree.fit import Stop, duration, fit, time_up
+from datafree.fit import Clock, Stop, duration, fit
 from datafree.graph.flow import flow
 from datafree.graph.swap import frozen_copy
 from datafree.synth.filters import Band, natural_band, texture_gap
@@ -209,7 +209,7 @@ class Pixels:
         parts = [range(first, min(first + recipe.batch, n)) for first in range(0, n, recipe.batch)]
         found, begun = [], len(self.losses)
         for number, part in enumerate(parts, 1):
-            stop = recipe.stop if end is None else time_up((end - time.monotonic()) / (len(parts) + 1 - number))
+            stop = recipe.stop if end is None else Clock((end - time.monotonic()) / (len(parts) + 1 - number))
             wanted = self._wanted(None if labels is None else labels[part.start : part.stop], margins, band)
             found.append(self._optimise(len(part), wanted, f"pictures, batch {number} of {len(parts)}", stop))
         taken, steps = sum(map(len, self.losses[begun:])), recipe.steps * len(parts)

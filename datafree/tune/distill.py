@@ -5,11 +5,11 @@ and the affine parts of norms, whose statistics stay as they are. Activation ran
 """
 
 import math
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, final
+from functools import partial
+from typing import Literal, cast, final
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from datafree.context import Ctx
 from datafree.errors import MethodError
-from datafree.fit import duration, fit
+from datafree.fit import Clock, FirstOf, duration, fit
 from datafree.quant.insert import latent_weight, quantized_layers, quantizers, weight_quantizer
 from datafree.quant.observe import observe, observe_moving, observe_percentile
 from datafree.quant.ranges import minmax
@@ -28,12 +28,14 @@ from datafree.synth.source import Source, Terms, restore, state_of
 from datafree.synth.terms import class_entropy
 from datafree.task import Task
 from datafree.tune.features import FeatureTerm, Maps, captured, difference, find_ends
+from datafree.tune.holdout import HeldOut, set_aside
 from datafree.tune.terms import adaptability, kl, l1, mse
 
 Distance = Literal["kl", "mse", "l1", "adaptability"]
 ActRange = Literal["moving", "percentile", "extremes", "stay"]
 Gradient = Literal["masked", "identity"]
 Falling = Literal["one-cycle", "cosine", "steps"]
+Backend = Literal["inductor", "aot_eager"]
 
 _RISE = 0.3  # of a one-cycle schedule
 _FIRST = 1 / 25  # of the full rate, in its beginning
@@ -76,6 +78,9 @@ class Recipe:
             inputs through both networks (HAST, CVPR 2023); 0: they do not.
         max_seconds: when to stop, the setting of ranges included, rates and average following the clock where it is ahead of the steps;
             None: never.
+        hold_out: inputs of the source that are set aside: once the distance on them falls no more it is over (``tune.holdout``), and the
+            student ends with the weights that were best on them, be they the average or not; 0: none.
+        compile: backend of ``torch.compile`` for the steps of both networks; None, and where there are features: they run as they are.
     """
 
     batch: int = 64
@@ -105,6 +110,8 @@ class Recipe:
     low_pass: float = 0.0
     perturb: float = 0.0
     max_seconds: float | None = None
+    hold_out: int = 0
+    compile: Backend | None = None
 
 
 def distill(
@@ -127,20 +134,28 @@ def distill(
     """
     recipe = recipe or Recipe()
     lesson = _Lesson(teacher, student, task, source, steps, ctx, recipe)  # its clock runs from here
-    _set_ranges(student, task, source, recipe)
-    params = lesson.params
+    _set_ranges(student, task, lesson.source, recipe)
+    params, held = lesson.params, lesson.held
     optimizer = torch.optim.SGD(params, recipe.rate, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay)
     optimizer.register_step_pre_hook(lambda *_: _check_gradient(params, recipe.clip, lesson.taken + 1))
     optimizer.register_step_post_hook(lambda *_: lesson.count())
     schedule = LambdaLR(optimizer, lambda _: _factor(lesson.progress(), recipe))
+    stop = FirstOf((lesson.clock,) if held is None else (lesson.clock, held))
     with _trainable(params), _gradient(student, recipe.gradient):
         try:
-            losses = fit(params, lesson, steps, optimizer, ctx, "distill", schedule, lambda _: lesson.over())
+            losses = fit(params, lesson, steps, optimizer, ctx, "distill", schedule, stop)
             lesson.take_average()
+            if held is not None:
+                held.look(len(losses))
+                held.give()
         finally:
             _follow(student, recipe)
     if len(losses) < steps:
-        ctx.note(f"distill: stopped after {len(losses)} of {steps} steps, when its {duration(recipe.max_seconds or 0)} were over")
+        in_time = lesson.clock.left() > 0
+        why = "as nothing was gained any more" if in_time else f"when its {duration(recipe.max_seconds or 0)} were over"
+        ctx.note(f"distill: stopped after {len(losses)} of {steps} steps, {why}")
+    if held is not None:
+        ctx.note(f"distill: best on {recipe.hold_out} held-out inputs after {held.at} of {steps} steps")
     return losses
 
 
@@ -149,13 +164,20 @@ class _Lesson:
     """The loss of a step, and all that it keeps: what the source has learned, the mean of the weights, the time."""
 
     def __init__(self, teacher: nn.Module, student: nn.Module, task: Task, source: Source, steps: int, ctx: Ctx, recipe: Recipe) -> None:
+        self.clock = Clock(recipe.max_seconds)
         self.teacher, self.student, self.task, self.source = teacher, student, task, source
         self.steps, self.recipe, self.generator = steps, recipe, ctx.generator
         self.ends = () if recipe.features is None else _ends(teacher, task, ctx)
+        self.compiled: dict[nn.Module, nn.Module] = {}
+        if recipe.compile is not None and not self.ends:
+            self.compiled = {each: cast(nn.Module, torch.compile(each, backend=recipe.compile)) for each in (teacher, student)}
         self.params = [each for each in student.parameters() if each.is_floating_point()]
         self.mean = [torch.zeros_like(each) for each in self.params]
         self.averaged = self.taken = 0
-        self.begun, self.before = time.monotonic(), 0.0
+        self.held: HeldOut | None = None
+        if recipe.hold_out:
+            inputs, self.source = set_aside(source, recipe.hold_out)
+            self.held = HeldOut(self.params, partial(self.distance, inputs), steps)
 
     def __call__(self) -> Terms:
         """The terms of the student's loss on a new batch; the source is updated first, when it is its turn."""
@@ -191,7 +213,7 @@ class _Lesson:
     def _answer(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Maps]:
         """Logits, and the maps that are asked for."""
         with captured(model, self.ends) as maps:
-            return self.task.run(model, x), maps
+            return self.task.run(self.compiled.get(model, model), x), maps
 
     @torch.no_grad()
     def _shown(self) -> tuple[Tensor, Tensor | None, tuple[Tensor, Maps]]:
@@ -226,18 +248,17 @@ class _Lesson:
             case "l1":
                 return l1(t, s)
 
-    def seconds(self) -> float:
-        """How long the training has lasted, that before a kill included."""
-        return self.before + time.monotonic() - self.begun
+    @torch.no_grad()
+    def distance(self, inputs: Tensor) -> float:
+        """That of the student's present answers to the teacher's."""
+        _follow(self.student, self.recipe)
+        batches = [inputs[at : at + self.recipe.batch] for at in range(0, len(inputs), self.recipe.batch)]
+        t, s = (torch.cat([self.task.run(each, x) for x in batches]) for each in (self.teacher, self.student))
+        return float(self._distance(t, s))
 
     def progress(self) -> float:
         """The share of the training that is over, 0 to 1."""
-        limit = self.recipe.max_seconds
-        return min(1.0, max(self.taken / max(1, self.steps), 0.0 if limit is None else self.seconds() / max(limit, 1e-9)))
-
-    def over(self) -> bool:
-        """Whether the time is up."""
-        return self.recipe.max_seconds is not None and self.seconds() >= self.recipe.max_seconds
+        return min(1.0, max(self.taken / max(1, self.steps), self.clock.share()))
 
     @torch.no_grad()
     def count(self) -> None:
@@ -256,21 +277,21 @@ class _Lesson:
 
     def state_dict(self) -> dict[str, object]:
         """What the next step depends on beside the parameters."""
-        return {
-            "source": state_of(self.source),
-            "mean": self.mean,
-            "averaged": self.averaged,
-            "taken": self.taken,
-            "seconds": self.seconds(),
-        }
+        held = {} if self.held is None else self.held.state_dict()
+        counts = {"averaged": self.averaged, "taken": self.taken, "seconds": self.clock.elapsed}
+        return {"source": state_of(self.source), "held": held, "mean": self.mean, **counts}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Take back what :meth:`state_dict` gave."""
-        source, mean, averaged, taken, seconds = (state[key] for key in ("source", "mean", "averaged", "taken", "seconds"))
+        source, held, mean, averaged, taken, seconds = (state[key] for key in ("source", "held", "mean", "averaged", "taken", "seconds"))
         assert isinstance(source, dict) and isinstance(mean, list)
         assert isinstance(averaged, int) and isinstance(taken, int) and isinstance(seconds, float)
         restore(self.source, source)
-        self.mean, self.averaged, self.taken, self.before, self.begun = mean, averaged, taken, seconds, time.monotonic()
+        if self.held is not None:
+            assert isinstance(held, dict)
+            self.held.load_state_dict(held)
+        self.mean, self.averaged, self.taken = mean, averaged, taken
+        self.clock.resume(seconds)
 
 
 def _ends(teacher: nn.Module, task: Task, ctx: Ctx) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from datafree.bits.allocate import make_plan
 from datafree.context import Ctx
-from datafree.fit import duration, time_up
+from datafree.fit import Clock, duration
 from datafree.graph.flow import Layer, read
 from datafree.method import Method, find_method, option
 from datafree.plan import QSpec, Target
@@ -18,7 +18,7 @@ from datafree.synth.generator import Conditional
 from datafree.synth.generator import Recipe as Generation
 from datafree.synth.source import Pool, Source
 from datafree.task import Task
-from datafree.tune.distill import ActRange, Falling, Gradient, distill
+from datafree.tune.distill import ActRange, Backend, Falling, Gradient, distill
 from datafree.tune.distill import Recipe as Distillation
 
 Budget = Literal["smoke", "fast", "standard", "paper"]
@@ -96,6 +96,8 @@ class Trained(Method):
     it) but more weight on the distance, and the first two a lighter generator.
     """
 
+    shares_work = True
+
     budget: Budget = option("fast", "fills in what is None: for half a minute, some minutes or an hour on a small network, or as published")
     start: Start = option("nearest", "the student that learns: rounded to nearest, or that of anchor, whose ranges stay")
     steps: int | None = option(None, "steps of the student", at_least=0)
@@ -111,6 +113,8 @@ class Trained(Method):
     average: float | None = option(None, "share of the steps, the last ones, over which the student is averaged", at_least=0, at_most=1)
     clip: float | None = option(None, "largest norm of the student's gradient; 0: any, as published", at_least=0)
     max_seconds: float | None = option(None, "when to stop, rates and average keeping pace", at_least=1)
+    hold_out: int = option(0, "pictures that are only looked at: the student ends as it was best on them, and once it stays so", at_least=0)
+    compile: bool = option(False, "compile both networks: minutes at first, then faster steps; on a GPU only")
 
     def setting(self, published: Setting, task: Task) -> Setting:
         """That of the budget, ``published`` for ``paper``, with the fields that are given in place of its own."""
@@ -135,6 +139,7 @@ class Trained(Method):
             percentile=self.percentile,
             gradient=setting.gradient,
             average=setting.average,
+            hold_out=self.hold_out,
         )
 
     def teach(
@@ -151,7 +156,10 @@ class Trained(Method):
         else:
             student = insert(teacher, make_plan(read(teacher, task, ctx), teacher, target, _spec, ctx))  # weights are min-max ranged
         source = prepare(student, left())
-        distill(teacher, student, task, source, steps, ctx, replace(recipe, max_seconds=left()))
+        backend: Backend | None = "inductor" if self.compile and ctx.device.type == "cuda" else None
+        if self.compile and backend is None:
+            ctx.note("nothing is compiled on a CPU, where it does not pay")
+        distill(teacher, student, task, source, steps, ctx, replace(recipe, max_seconds=left(), compile=backend))
         if ctx.on_pictures is not None:
             inputs = source.batch.inputs if isinstance(source, Pool) else source.sample(_SHOWN).inputs
             ctx.on_pictures(inputs[:_SHOWN])
@@ -191,7 +199,7 @@ class Taught(Trained):
                 source.learn(steps, student)
                 return source
             share = seconds * steps / max(1, steps + _JOINT * setting.steps)
-            taken = len(source.learn(steps, student, time_up(share)))
+            taken = len(source.learn(steps, student, Clock(share)))
             if taken < steps:
                 ctx.note(f"generator: stopped after {taken} of {steps} steps, when its {duration(share)} were over")
             return source

@@ -318,7 +318,7 @@ def test_killed_it_resumes_to_the_same_bits(learns: bool, tmp_path: Path, monkey
 
 def test_time_stops_it_and_the_rates_keep_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(1, 10_000))
-    monkeypatch.setattr(module_under_test.time, "monotonic", lambda: next(clock) / 4)
+    monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock) / 4)
     notes: list[Event] = []
     student, ctx = untrained(), Ctx.create(0, on_event=lambda event: notes.append(event) if event.name == "note" else None)
     lost = distill(MODEL, student, TASK, labelled(), 1000, ctx, dataclasses.replace(QUICK, max_seconds=10.0))
@@ -326,3 +326,30 @@ def test_time_stops_it_and_the_rates_keep_pace(monkeypatch: pytest.MonkeyPatch) 
     assert [each.message for each in notes] == [f"distill: stopped after {len(lost)} of 1000 steps, when its 10 s were over"]
     assert not same(student, trained(steps=0, source=labelled()))
     assert distill(MODEL, student, TASK, labelled(), 5, ctx, dataclasses.replace(QUICK, max_seconds=0.0)) == []
+    assert notes[-1].message == "distill: stopped after 0 of 5 steps, when its 0 s were over"
+
+
+def test_the_setting_of_ranges_counts_and_a_budget_that_is_too_small_still_gives_a_student(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now)
+
+    def slow(inputs: Tensor) -> Tensor:
+        nonlocal now
+        now += 3.0
+        return inputs
+
+    student = untrained()
+    recipe = dataclasses.replace(QUICK, max_seconds=5.0, range_batches=2)
+    assert distill(MODEL, student, TASK, Failing(0, slow), 9, Ctx.create(0), recipe) == []
+    assert all(each.ready for each in quantizers(student).values())
+    with torch.no_grad():
+        assert torch.isfinite(student(TASK.noise(2, torch.Generator().manual_seed(0)))).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
+def test_compiled_networks_teach_and_learn_the_same() -> None:
+    torch._dynamo.utils.counters.clear()
+    student = trained(dataclasses.replace(QUICK, compile="aot_eager"), steps=2)
+    assert torch._dynamo.utils.counters["frames"]["ok"] == 2, "the teacher and the student, each once"
+    assert same(student, trained(steps=2)), "not to the last bit"
+    assert [name for name, _ in student.named_modules()] == [name for name, _ in untrained().named_modules()]
