@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from datafree.errors import NetworkError
 
@@ -16,9 +17,7 @@ def anchored(model: nn.Module) -> Iterator[None]:
 
     Stored statistics are left alone.
     """
-    norms = [
-        module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
-    ]
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None]
     before = [(norm.training, norm.track_running_stats) for norm in norms]
     try:
         for norm in norms:
@@ -27,6 +26,59 @@ def anchored(model: nn.Module) -> Iterator[None]:
     finally:
         for norm, (training, tracked) in zip(norms, before, strict=True):
             norm.training, norm.track_running_stats = training, tracked
+
+
+@contextmanager
+def anchored_alike(teacher: nn.Module, student: nn.Module) -> Iterator[None]:
+    """Batch norms of ``teacher`` find their stored statistics in every batch, and those of ``student`` are helped just as much.
+
+    What enters a norm is scaled and shifted channel by channel, as much as brings the batch to the mean and variance that the teacher's
+    norm has stored; the student's norm of the same name gets the same scale and shift. So inputs unlike the network's data pass both as
+    if they were like them, and what the student does otherwise than the teacher stays. Run the teacher on each batch before the student.
+    Norms that the student lacks are the teacher's alone.
+    """
+    moves: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    others = {name: module for name, module in student.named_modules() if isinstance(module, _BatchNorm)}
+
+    def forget(module: nn.Module, args: object) -> None:
+        moves.clear()
+
+    def bring(norm: _BatchNorm, name: str) -> "torch.utils.hooks.RemovableHandle":
+        def look(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            moves.setdefault(name, []).append(_move(norm, args[0]))
+            return _moved(args, moves[name][-1])
+
+        return norm.register_forward_pre_hook(look)
+
+    def follow(norm: _BatchNorm, name: str) -> "torch.utils.hooks.RemovableHandle":
+        return norm.register_forward_pre_hook(lambda module, args: _moved(args, moves[name].pop(0)))
+
+    handles = [teacher.register_forward_pre_hook(forget)]
+    for name, norm in teacher.named_modules():
+        if isinstance(norm, _BatchNorm) and norm.running_mean is not None:
+            handles += [bring(norm, name), *([follow(others[name], name)] if name in others else [])]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def _move(norm: _BatchNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and shift, (channels, 1, ...), that bring ``x`` (n, channels, ...) to the statistics of ``norm``."""
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None and variance is not None
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    found, at = torch.var_mean(x.float(), axes, correction=0)
+    scale = ((variance + norm.eps) / (found + norm.eps)).sqrt()
+    shape = (-1, *(1,) * (x.dim() - 2))
+    return scale.view(shape), (mean - at * scale).view(shape)
+
+
+def _moved(args: tuple[Tensor, ...], move: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    scale, shift = move
+    return (torch.addcmul(shift, args[0], scale), *args[1:])
 
 
 def channels_last(model: nn.Module, inputs: Tensor) -> Tensor:

@@ -1,0 +1,101 @@
+"""Our own closed form, then a short distillation on pictures that are anchored to the network (no published method)."""
+
+import time
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import nn
+
+from datafree.context import Ctx
+from datafree.graph.taps import anchored_alike
+from datafree.method import Method, find_method, method, option
+from datafree.plan import Target
+from datafree.synth.generator import Conditional
+from datafree.synth.generator import Recipe as Generation
+from datafree.synth.noise import Pixels
+from datafree.synth.noise import Recipe as Painting
+from datafree.synth.source import Mixed, Pool, Prior, Source
+from datafree.synth.terms import stored_moments
+from datafree.task import Task
+from datafree.tune.distill import Recipe, distill
+
+Budget = Literal["smoke", "fast", "standard"]
+Origin = Literal["procedural", "distilled", "mixed"]
+
+_PAINTED = 128  # pictures optimised together
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What a budget says: steps of the student; how many pictures are optimised, and by how many steps; steps of the generator alone."""
+
+    steps: int
+    pictures: int
+    picture_steps: int
+    warm_up: int
+
+
+@method("anchor-tuned")
+class AnchorTuned(Method):
+    """The student of ``anchor`` learns to answer like the network, on new procedural pictures in every step.
+
+    As in the closed form, the pictures pass the network as if they were its data: what enters a batch norm is brought to the statistics
+    that the norm has stored, and the student's norms are helped just as much, so that whatever else it does stays to be learned. Weights,
+    biases and the affine parts of norms are trained; the grids stay where the closed form has put them, and gradients pass through the
+    rounding of all values but clipped ones. Pictures may be optimised for the batch norms beforehand as well, or a third of them, and
+    a third be drawn by a generator that learns along.
+
+    A network without batch norms has nothing that pictures could be anchored to: its student is that of ``anchor``, and a note says so.
+    """
+
+    shares_work = True
+
+    budget: Budget = option("fast", "fills in what is None: for half a minute, some minutes or an hour on a small network")
+    source: Origin = option(
+        "procedural", "what the student learns on: leaves and pink noise, optimised ones, or a third each of both and a generator's"
+    )
+    steps: int | None = option(None, "of the student", at_least=0)
+    batch: int = option(64, "pictures of a step", at_least=3)
+    rate: float = option(5e-3, "learning rate of SGD, along one cycle", at_least=0)
+    pictures: int | None = option(None, "how many pictures are optimised, where any are", at_least=1)
+    picture_steps: int | None = option(None, "steps in which each batch of them is optimised", at_least=1)
+    warm_up: int | None = option(None, "steps of the generator alone, where there is one", at_least=0)
+    max_seconds: float | None = option(None, "when to stop, the closed form included", at_least=1)
+
+    def run(self, teacher: nn.Module, task: Task, target: Target, ctx: Ctx) -> nn.Module:
+        """Make the student in closed form, then train it."""
+        begun = time.monotonic()
+        student = find_method("anchor")().run(teacher, task, target, replace(ctx, on_pictures=None))
+        if not stored_moments(teacher):
+            ctx.note("the network has no batch norms that pictures could be anchored to: the student stays as the closed form has made it")
+            return student
+        setting = self._setting()
+        source = self._source(teacher, student, task, setting, ctx)
+        left = None if self.max_seconds is None else max(0.0, self.max_seconds - (time.monotonic() - begun))
+        recipe = Recipe(batch=self.batch, rate=self.rate, weight_range="stay", act_range="stay", max_seconds=left)
+        with anchored_alike(teacher, student):
+            distill(teacher, student, task, source, setting.steps, ctx, recipe)
+        if ctx.on_pictures is not None:
+            ctx.on_pictures(source.sample(self.batch).inputs)
+        return student
+
+    def _setting(self) -> _Setting:
+        """That of the budget, with the fields that are given in place of its own."""
+        setting = {"smoke": _Setting(30, 64, 30, 20), "fast": _Setting(400, 256, 80, 150), "standard": _Setting(5000, 2048, 200, 1000)}
+        given = {"steps": self.steps, "pictures": self.pictures, "picture_steps": self.picture_steps, "warm_up": self.warm_up}
+        return replace(setting[self.budget], **{name: value for name, value in given.items() if value is not None})
+
+    def _source(self, teacher: nn.Module, student: nn.Module, task: Task, setting: _Setting, ctx: Ctx) -> Source:
+        sources: list[Source] = []
+        if self.source != "distilled":
+            sources.append(Prior("mix", task, ctx.generator))
+        if self.source != "procedural":
+            painting = Painting(
+                steps=setting.picture_steps, rate=0.1, falling="cosine", batch=_PAINTED, start="mix", per_image=False, share="layer"
+            )
+            sources.append(Pool(Pixels(teacher, task, ctx, painting).sample(max(setting.pictures, self.batch)), ctx.generator))
+        if self.source == "mixed":
+            generator = Conditional(teacher, task, ctx, Generation(batch=self.batch, rate=2e-3, widths=(64, 32)))
+            generator.learn(setting.warm_up, student)
+            sources.append(generator)
+        return Mixed(tuple(sources), (1 / len(sources),) * len(sources), ctx.generator)
