@@ -119,9 +119,9 @@ def test_features_keep_their_weight_beside_the_distance_in_every_budget() -> Non
     assert paper.feature_weight / paper.weight == fast.feature_weight / fast.weight == 50
 
 
-@pytest.mark.parametrize("pictures", (3, 20))
-def test_a_step_takes_no_more_than_the_pool_holds_and_the_pool_is_shown(pictures: int) -> None:
-    result = datafree.quantize(MODEL, TASK, method=method("intraq", pictures=pictures), target=TARGET)
+@pytest.mark.parametrize(("pictures", "hold_out"), ((3, 0), (9, 5), (20, 0)))
+def test_a_step_takes_no_more_than_the_pool_holds_and_the_pool_is_shown(pictures: int, hold_out: int) -> None:
+    result = datafree.quantize(MODEL, TASK, method=method("intraq", pictures=pictures, hold_out=hold_out), target=TARGET)
     assert result.pictures is not None and result.pictures.shape == (pictures, *TASK.shape)
 
 
