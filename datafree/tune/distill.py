@@ -187,7 +187,7 @@ class _Lesson:
             self.source.update(self.student)
         x, labels, (t, maps) = self._shown()
         said = self._answer(self.student, x)
-        terms = self._apart((t.detach(), maps), said)
+        terms = self._apart((t.detach(), {name: [each.detach() for each in calls] for name, calls in maps.items()}), said)
         if recipe.perturb:
             apart = torch.stack([*self._apart((t, maps), said).values()]).sum()
             (slope,) = torch.autograd.grad(apart, x, retain_graph=True)

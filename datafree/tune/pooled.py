@@ -51,8 +51,8 @@ class Pooled(Trained):
         return replace(recipe, batch=64, rate=0.2, falling="cosine")
 
     def distillation(self, setting: Setting) -> Distillation:
-        """As of any method, on parts of the pool."""
-        recipe = replace(super().distillation(setting), batch=min(setting.batch, setting.pictures))
+        """As of any method, on parts of the pool, of which some pictures may be held out."""
+        recipe = replace(super().distillation(setting), batch=min(setting.batch, max(1, setting.pictures - self.hold_out)))
         return replace(recipe, flip=True, crop=_PART) if self.augment else recipe
 
     def pooled(self, teacher: nn.Module, task: Task, setting: Setting, recipe: Painting, ctx: Ctx, cost: float = 1.0) -> Prepare:
