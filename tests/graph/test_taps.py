@@ -1,12 +1,14 @@
 """Anchored batch norms: the batch's statistics, the stored affine, nothing left behind. What modules take and give. Channels last."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import datafree
 from datafree.errors import NetworkError
-from datafree.graph.taps import anchored, calls, channels_last, entering, outputs
+from datafree.graph.taps import anchored, anchored_alike, calls, channels_last, entering, outputs
 from datafree.plan import Plan, QSpec, Target
 from datafree.quant.insert import insert
 from datafree.quant.observe import observe
@@ -138,3 +140,47 @@ def test_a_module_that_was_not_called_or_got_no_tensor_is_told() -> None:
     for name, told in (("idle", "idle was not called"), ("part", "part was not handed a tensor")):
         with pytest.raises(NetworkError, match=told):
             entering(model, name, [torch.ones(1)], lambda model, x: model(x))
+
+
+def test_both_networks_norms_are_helped_alike() -> None:
+    teacher, x = small(), torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(3)) * 3 + 1
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        student[0].bias += 0.5  # type: ignore[operator, union-attr]
+    entered: dict[str, Tensor] = {}
+    with anchored_alike(teacher, student):
+        for name, model in (("teacher", teacher), ("student", student)):
+            handle = model[1].register_forward_pre_hook(lambda module, args, name=name: entered.update({name: args[0].detach()}))
+            model(x)
+            handle.remove()
+    norm = teacher[1]
+    assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and norm.running_var is not None
+    variance, mean = torch.var_mean(entered["teacher"], (0, 2, 3), correction=0)
+    torch.testing.assert_close(mean, norm.running_mean, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(variance, norm.running_var, atol=1e-4, rtol=1e-3)
+    found = torch.var_mean(teacher[0](x), (0, 2, 3), correction=0)[0]
+    shift = (entered["student"] - entered["teacher"]).mean((0, 2, 3))
+    torch.testing.assert_close(shift, 0.5 * ((norm.running_var + norm.eps) / (found + norm.eps)).sqrt(), atol=1e-4, rtol=1e-3)
+    assert torch.equal(teacher(x), copy.deepcopy(teacher)(x)), "afterwards it computes as before"
+
+
+def test_a_norm_called_twice_is_helped_each_time() -> None:
+    teacher = small()
+    twice = nn.Sequential(teacher[0], teacher[1], teacher[1]).eval()
+    with torch.no_grad(), anchored_alike(twice, copy.deepcopy(twice)) as _:
+        x = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+        told = twice(x)
+    with torch.no_grad(), anchored_alike(twice, student := copy.deepcopy(twice)):
+        twice(x)
+        assert torch.equal(student(x), told)
+
+
+def small() -> nn.Sequential:
+    """A conv and a norm that knows something."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    norm = model[1]
+    assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and norm.running_var is not None
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    return model.eval()

@@ -1,0 +1,76 @@
+"""The closed form's student, trained on pictures with anchored statistics."""
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+import datafree
+from datafree import Target
+from datafree.closed.regress import divergence
+from datafree.context import Ctx
+from datafree.graph.taps import anchored_alike
+from datafree.quant.insert import latent_weight, quantized_layers, quantizers, weight_quantizer
+from datafree.synth.prior import pictures
+from datafree.zoo.digits import digits
+from networks import build
+
+MODEL, TASK = digits()
+TARGET = Target(2, 2, protocol="paper")
+QUICK = {"steps": 3, "batch": 8, "pictures": 8, "picture_steps": 2, "warm_up": 2}
+
+
+@functools.cache
+def quantized(**fields: object) -> nn.Module:
+    return datafree.methods()["anchor-tuned"](**QUICK | fields).run(MODEL, TASK, TARGET, Ctx.create(0))
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(each, other.state_dict()[name]) for name, each in one.state_dict().items())
+
+
+def test_training_comes_nearer_to_the_network_on_pictures_it_has_not_seen() -> None:
+    before, after = (quantized(steps=steps, batch=16, rate=1e-2) for steps in (0, 30))
+    unseen = pictures("leaves", 64, TASK, torch.Generator().manual_seed(9))
+    lost = []
+    for student in (before, after):
+        with anchored_alike(MODEL, student):
+            lost.append(divergence(MODEL, student, TASK, unseen))
+    assert lost[1] < 0.9 * lost[0]
+
+
+def test_weights_move_and_grids_stay() -> None:
+    closed, trained = quantized(steps=0), quantized()
+    for name, layer in quantized_layers(trained).items():
+        other = closed.get_submodule(name)
+        assert torch.equal(weight_quantizer(layer).scale, weight_quantizer(other).scale)
+        assert not torch.equal(latent_weight(layer), latent_weight(other))
+    ranges = quantizers(closed)
+    assert all(torch.equal(each.scale, ranges[point].scale) for point, each in quantizers(trained).items())
+
+
+@pytest.mark.parametrize(
+    "fields", ({"source": "distilled"}, {"source": "mixed"}, {"steps": 2}, {"batch": 9}, {"rate": 1e-2}, {"budget": "fast"}), ids=str
+)
+def test_every_choice_counts(fields: dict[str, object]) -> None:
+    assert same(quantized(), quantized(**fields)) == ("budget" in fields), "all that the budget fills in is given"
+
+
+def test_without_steps_it_is_the_student_of_anchor() -> None:
+    assert same(quantized(steps=0), datafree.methods()["anchor"]().run(MODEL, TASK, TARGET, Ctx.create(0)))
+
+
+def test_without_batch_norms_it_is_the_student_of_anchor_as_a_note_says() -> None:
+    model, task = build("transformer")
+    target = Target(4, 4, protocol="paper")
+    tuned, closed = (datafree.quantize(model, task, method=name, target=target) for name in ("anchor-tuned", "anchor"))
+    assert same(tuned.student, closed.student)
+    assert "the network has no batch norms" in str(tuned.run["notes"])
+
+
+def test_the_time_is_kept_and_told() -> None:
+    chosen = datafree.methods()["anchor-tuned"](budget="standard", max_seconds=1.0, batch=8)
+    run = datafree.quantize(MODEL, TASK, method=chosen, target=TARGET).run
+    assert isinstance(run["seconds"], float) and run["seconds"] < 20
+    assert "distill: stopped after" in str(run["notes"])
