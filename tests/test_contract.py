@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import datafree
-from datafree import Plan, Target, api
+from datafree import Plan, Target
 from datafree.errors import NetworkError
 from datafree.export.weights import save_student
 from datafree.method import Method
-from datafree.methods import anchor
 from datafree.quant.freeze import materialise
 from datafree.quant.insert import plan_of
 from networks import NAMES, build
@@ -41,6 +40,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.usefixtures("few_pictures")
 @pytest.mark.parametrize("network", NAMES)
 @pytest.mark.parametrize("method", METHODS)
 def test_contract(method: str, network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,8 +49,6 @@ def test_contract(method: str, network: str, tmp_path: Path, monkeypatch: pytest
     inputs = torch.randn(4, *task.shape, generator=torch.Generator().manual_seed(1))
     cls = datafree.methods()[method]
     monkeypatch.setattr(cls, "run", without_files(cls.run))
-    monkeypatch.setattr(anchor, "_count", lambda task: FEWER["pictures"])
-    monkeypatch.setattr(api, "_inputs", lambda task: FEWER["pictures"])  # that tell the fidelity
     for target in TARGETS:
         result = datafree.quantize(model, task, method=quick(method), target=target, seed=3)
         assert same(before, state(model)), "the network was changed"
