@@ -15,7 +15,8 @@ from datafree import show
 from datafree.api import Form, export, load, made_by, strict_json, verify
 from datafree.bits.cost import packed_bytes
 from datafree.errors import ExportError, VerifyError, WeightsError
-from datafree.export.files import write_whole
+from datafree.export.files import check_folder, write_whole
+from datafree.export.openvino_runtime import imported
 from datafree.method import option
 from datafree.networks import load_network
 from datafree.report.runs import RUN_FILE, VERIFICATION_FILE
@@ -64,6 +65,9 @@ def export_command(run: Run, /, *, flags: _ExportFlags = _EXPORT, check: _CheckF
     student, task, record = open_run(run, check.net)
     suffix = {"onnx": ".onnx", "openvino": ".xml", "safetensors": ".safetensors", "program": ".pt2"}[flags.to]
     file = flags.out or run / f"model{suffix}"
+    check_folder(file)  # what is missing is told before the work
+    if flags.to == "openvino":
+        imported()
     export(student, task, file, to=flags.to, packing=flags.packing, fastest=flags.fastest, made_by=made_by(record))
     if flags.to in ("safetensors", "program"):
         Console(highlight=False).print(f"wrote {file}, {file.stat().st_size} bytes", soft_wrap=True)

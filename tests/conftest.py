@@ -11,6 +11,9 @@ import pytest
 import torch
 import torch.utils.data
 
+from datafree import api
+from datafree.methods import anchor
+
 ROOT = Path(__file__).parents[1]
 
 torch.set_num_threads(1)
@@ -33,6 +36,13 @@ def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
         for name in () if module is None else module.__all__:
             if package == "torchvision.datasets" or name.startswith(("load_", "fetch_")):
                 monkeypatch.setattr(module, name, _refuse(f"use {package}.{name}"))
+
+
+@pytest.fixture
+def few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """anchor draws 8 pictures, and fidelity is told from as many."""
+    monkeypatch.setattr(anchor, "_count", lambda task: 8)
+    monkeypatch.setattr(api, "_inputs", lambda task: 8)
 
 
 @pytest.fixture(scope="session")

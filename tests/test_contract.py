@@ -22,14 +22,8 @@ from networks import NAMES, build
 
 METHODS = tuple(datafree.methods())
 torch.optim.SGD([torch.zeros(1)], 0.1)  # the first optimizer makes torch import its compiler, which opens files of the installation
-FEWER = {
-    "steps": 3,
-    "warm_up": 3,
-    "range_batches": 2,
-    "batch": 8,
-    "pictures": 8,
-    "picture_steps": 3,
-}  # where a method has such fields: what it owes does not depend on them
+# where a method has such fields: what it owes does not depend on them
+FEWER = {"steps": 2, "warm_up": 2, "range_batches": 2, "batch": 4, "pictures": 8, "picture_steps": 2}
 TARGETS = (Target((2, 6), protocol="dfmpc"), Target(4, 4, protocol="deploy"), Target(3, 3, protocol="paper"))
 
 
@@ -46,6 +40,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.usefixtures("few_pictures")
 @pytest.mark.parametrize("network", NAMES)
 @pytest.mark.parametrize("method", METHODS)
 def test_contract(method: str, network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +49,7 @@ def test_contract(method: str, network: str, tmp_path: Path, monkeypatch: pytest
     inputs = torch.randn(4, *task.shape, generator=torch.Generator().manual_seed(1))
     cls = datafree.methods()[method]
     monkeypatch.setattr(cls, "run", without_files(cls.run))
-    for number, target in enumerate(TARGETS):
+    for target in TARGETS:
         result = datafree.quantize(model, task, method=quick(method), target=target, seed=3)
         assert same(before, state(model)), "the network was changed"
         assert torch.equal(random, torch.get_rng_state()), "the method drew from the global generator"
@@ -63,9 +58,11 @@ def test_contract(method: str, network: str, tmp_path: Path, monkeypatch: pytest
             assert answer.shape == model(inputs).shape and torch.isfinite(answer).all()
             assert torch.equal(answer, materialise(result.student)(inputs)), "frozen and simulated differ"
         check_plan(result.plan, target)
+        if target.protocol != "deploy":  # once is enough for what follows
+            continue
         again = datafree.quantize(model, task, method=quick(method), target=target, seed=3)
         assert same(state(result.student), state(again.student)), "the same seed gave another student"
-        folder = result.save(tmp_path / str(number))
+        folder = result.save(tmp_path / "run")
         loaded = datafree.load(folder, model)
         assert plan_of(loaded) == result.plan
         assert torch.equal(loaded(inputs), answer)

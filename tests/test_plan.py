@@ -5,7 +5,7 @@ from dataclasses import FrozenInstanceError
 from typing import get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datafree.errors import TargetError
@@ -86,6 +86,7 @@ plans = st.builds(
 )
 
 
+@settings(max_examples=40)
 @given(plans)
 def test_json_and_back(plan: Plan) -> None:
     again = Plan.from_json(json.loads(json.dumps(plan.to_json())))

@@ -92,7 +92,7 @@ def test_the_frontier_is_monotone_and_its_students_are_as_large_as_told(by: plan
     found = search(model, task, Ctx.create(), method="dfmpc", target=Target(act_bits=4), widths=(2, 3, 8), by=by)
     for small, large in itertools.pairwise(found.points):
         assert small.size < large.size and small.loss > large.loss >= 0
-    for point in (found.points[0], found.points[len(found.points) // 2], found.points[-1]):
+    for point in (found.points[0], found.points[len(found.points) // 2]):
         plan = found.plan(point)
         student = found.student(point.widths)
         assert {name: layer.weight.bits for name, layer in plan.layers.items()} == dict(point.widths)
@@ -115,10 +115,10 @@ def test_a_point_for_a_bound() -> None:
 
 def test_pictures_are_optimised_once_and_notes_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[datafree.Event] = []
-    method = datafree.methods()["zeroq"](steps=50, pictures=2)
+    method = datafree.methods()["zeroq"](steps=10, pictures=2)
     model, task = build("cifar_resnet")
     found: Frontier = search(model, task, Ctx.create(on_event=events.append), method=method, target=PAPER, widths=WIDTHS, by="closed")
-    assert sum(event.name.startswith("pictures") for event in events) == 50 and found.points
+    assert sum(event.name.startswith("pictures") for event in events) == 10 and found.points
     assert not any("resumed" in event.message for event in events)
 
 
@@ -128,7 +128,7 @@ def test_pictures_are_optimised_once_and_notes_told_once(monkeypatch: pytest.Mon
         ({"widths": (4,)}, TargetError, "two widths at least"),
         ({"widths": (4, 9)}, TargetError, "9 is not supported"),
         ({"target": Target(plan=Plan())}, TargetError, "target without a plan"),
-        ({"method": "none"}, MethodError, "unknown method 'none': choose from anchor"),
+        ({"method": "none"}, MethodError, "unknown method 'none': choose from .*anchor"),
         ({"method": 3}, MethodError, "must be a name or a Method"),
     ),
 )
@@ -140,6 +140,7 @@ def test_a_search_that_makes_no_sense_is_told(values: dict[str, object], error: 
 # ---------------------------------------------------------------- a plan that is given
 
 
+@pytest.mark.usefixtures("few_pictures")
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_keeps_to_a_plan(method: str) -> None:
     model, task = build("cifar_resnet")

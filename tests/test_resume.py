@@ -13,7 +13,7 @@ import pytest
 from datafree import cli
 
 ROOT = Path(__file__).parents[1]
-COMMAND = ("quantize", "digits", "--method", "zeroq", "--steps", "110", "--pictures", "2", "--weight-bits", "4", "--act-bits", "4")
+COMMAND = ("quantize", "digits", "--method", "zeroq", "--steps", "70", "--pictures", "2", "--weight-bits", "4", "--act-bits", "4")
 
 
 def notes(run: Path) -> list[str]:

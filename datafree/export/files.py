@@ -10,14 +10,19 @@ from pathlib import Path
 from datafree.errors import OutputError
 
 
+def check_folder(file: Path) -> None:
+    """Raise OutputError where there is no folder for ``file``."""
+    if not file.parent.is_dir():
+        raise OutputError(f"there is no folder {file.parent}: make it first")
+
+
 def write_whole(path: str | Path, data: bytes) -> Path:
     """Write ``data`` under another name in the same folder first, so that no half-written file ever stands at ``path``.
 
     Raises OutputError where the folder is missing or the file cannot be written.
     """
     file = Path(path)
-    if not file.parent.is_dir():
-        raise OutputError(f"there is no folder {file.parent}: make it first")
+    check_folder(file)
     part = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
     try:
         part.write_bytes(data)
@@ -38,8 +43,7 @@ def whole_files(path: str | Path) -> Iterator[Path]:
     Raises OutputError where the folder of ``path`` is missing or the files cannot be put there.
     """
     file = Path(path)
-    if not file.parent.is_dir():
-        raise OutputError(f"there is no folder {file.parent}: make it first")
+    check_folder(file)
     try:
         with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as folder:
             yield Path(folder)

@@ -138,7 +138,6 @@ def verify(
         ExportError: the file is missing, damaged, refused by the runtime, or takes other inputs.
         MissingExtraError: the runtime is not installed.
     """
-    prepared = prepare(student, task) if prepared is None else prepared
     file = Path(path)
     x = task.noise(inputs, torch.Generator().manual_seed(seed))
     probe = open_file(file, threads, [codes_name(point) for point in quantizers(student)], runtime)
@@ -149,6 +148,7 @@ def verify(
     forced, codes = _forced(student, task, x, found, float_kernels)
     loaded = open_file(file, threads, runtime=runtime)
     answer = torch.from_numpy(loaded.run(x.numpy())["output"])
+    prepared = prepare(student, task) if prepared is None else prepared
     latency, float_latency = _latencies(loaded, prepared, threads, x[:1].numpy(), runtime or runtime_of(file))
     kernels = loaded.kernels(tuple(prepared.weights))
     fell_back = tuple(name for name in prepared.integer if not float_kernels and not (name in kernels and kernels[name].integer))

@@ -13,6 +13,7 @@ from datafree.quant.insert import insert
 from datafree.task import Task
 from datafree.zoo.digits import digits
 from networks import NAMES, build
+from test_contract import METHODS, quick
 
 TASK = Task(shape=(3, 8, 8))
 SPEC = QSpec(4, axis=0)
@@ -75,10 +76,11 @@ def test_weights_are_clipped_channel_by_channel() -> None:
     assert layer.histogram.clipped == 50 and layer.weights == 4
 
 
-@pytest.mark.parametrize("method", [name for name in datafree.methods() if name != "zeroq"])
+@pytest.mark.usefixtures("few_pictures")
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_can_be_told(method: str) -> None:
     model, task = digits()
-    result = datafree.quantize(model, task, method=method, target=datafree.Target(4, 4))
+    result = datafree.quantize(model, task, method=quick(method), target=datafree.Target(4, 4))
     before = [each.clone() for each in (*model.state_dict().values(), *result.student.state_dict().values())]
     found = measured(model, result.student, noise(3, task), task)
     after = [*model.state_dict().values(), *result.student.state_dict().values()]
