@@ -23,6 +23,7 @@ Budget = Literal["smoke", "fast", "standard"]
 Origin = Literal["procedural", "distilled", "mixed"]
 
 _PAINTED = 128  # pictures optimised together
+_SHIFT = 16  # such a part of the sides a picture is shifted at most
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,15 @@ class _Setting:
 
 @method("anchor-tuned")
 class AnchorTuned(Method):
-    """The student of ``anchor`` learns to answer like the network, on new procedural pictures in every step.
+    """The student of ``anchor`` learns to answer like the network, on pictures optimised for its batch norms.
 
-    As in the closed form, the pictures pass the network as if they were its data: what enters a batch norm is brought to the statistics
-    that the norm has stored, and the student's norms are helped just as much, so that whatever else it does stays to be learned. Weights,
-    biases and the affine parts of norms are trained; the grids stay where the closed form has put them, and gradients pass through the
-    rounding of all values but clipped ones. Pictures may be optimised for the batch norms beforehand as well, or a third of them, and
-    a third be drawn by a generator that learns along.
+    The pictures begin as leaves and pink noise, and follow the gradient until a batch of them has the statistics that the norms have
+    stored; of no class, since pictures of classes look like nothing that the network knows. Each step mirrors and shifts some of them. As
+    in the closed form, they pass the network as if they were its data: what enters a batch norm is brought to the stored statistics, and
+    the student's norms are helped just as much, so that whatever else it does stays to be learned. Weights, biases and the affine parts
+    of norms follow the squared distance of the logits; the grids stay where the closed form has put them, and gradients pass through the
+    rounding of all values but clipped ones. The pictures may be procedural instead, new in every step, or a third of each kind and of a
+    generator's that learns along.
 
     A network without batch norms has nothing that pictures could be anchored to: its student is that of ``anchor``, and a note says so.
     """
@@ -51,11 +54,9 @@ class AnchorTuned(Method):
     shares_work = True
 
     budget: Budget = option("fast", "fills in what is None: for half a minute, some minutes or an hour on a small network")
-    source: Origin = option(
-        "procedural", "what the student learns on: leaves and pink noise, optimised ones, or a third each of both and a generator's"
-    )
+    source: Origin = option("distilled", "the pictures: optimised, leaves and pink noise, or a third each of both and a generator's")
     steps: int | None = option(None, "of the student", at_least=0)
-    batch: int = option(64, "pictures of a step", at_least=3)
+    batch: int = option(64, "pictures of a step", at_least=2)
     rate: float = option(5e-3, "learning rate of SGD, along one cycle", at_least=0)
     pictures: int | None = option(None, "how many pictures are optimised, where any are", at_least=1)
     picture_steps: int | None = option(None, "steps in which each batch of them is optimised", at_least=1)
@@ -72,7 +73,8 @@ class AnchorTuned(Method):
         setting = self._setting()
         source = self._source(teacher, student, task, setting, ctx)
         left = None if self.max_seconds is None else max(0.0, self.max_seconds - (time.monotonic() - begun))
-        recipe = Recipe(batch=self.batch, rate=self.rate, weight_range="stay", act_range="stay", max_seconds=left)
+        roll = max(task.shape[1:], default=0) // _SHIFT
+        recipe = Recipe(batch=self.batch, rate=self.rate, weight_range="stay", act_range="stay", flip=True, roll=roll, max_seconds=left)
         with anchored_alike(teacher, student):
             distill(teacher, student, task, source, setting.steps, ctx, recipe)
         if ctx.on_pictures is not None:

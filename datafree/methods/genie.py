@@ -20,14 +20,15 @@ from datafree.quant.observe import observe
 from datafree.quant.ranges import mse
 from datafree.synth.latent import Recipe as Generation
 from datafree.synth.latent import latent_source
-from datafree.synth.noise import Pictures, source_of
 from datafree.synth.noise import Recipe as Distillation
+from datafree.synth.noise import source_of
 from datafree.synth.source import Shown, Source
 from datafree.task import Task
 from datafree.tune.reconstruct import Recipe, reconstruct
 
 Budget = Literal["smoke", "fast", "standard", "paper"]
 Start = Literal["nearest", "anchor"]
+Family = Literal["latent", "distilled", "leaves", "pink", "white", "mix"]
 
 _BATCH = 64  # pictures that pass the network at a time while ranges are observed
 _EXPONENT = 2.4  # of the rounding error that weight ranges minimise
@@ -81,7 +82,7 @@ class Genie(Method):
     """
 
     budget: Budget = option("fast", "fills in what is None: for half a minute, some minutes or an hour on a small network, or as published")
-    family: Pictures | Literal["latent"] = option(
+    family: Family = option(
         "latent", "the pictures: from latents, optimised pixels (distilled), or procedural ones: dead leaves, pink or white noise, or a mix"
     )
     start: Start = option("nearest", "where rounding starts: at the float weights, or at anchor's codes, with its ranges and batch norms")

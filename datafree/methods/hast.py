@@ -35,7 +35,7 @@ class Hast(Pooled):
     its classes alone, one without convolutional units no features; notes say so.
     """
 
-    classes: float | None = option(None, "weight of the cross-entropy in the pictures' loss; None: as published", at_least=0)
+    class_weight: float | None = option(None, "weight of the cross-entropy in the pictures' loss; None: as published", at_least=0)
     focus: float | None = option(None, "how much more hard pictures count in it; None: as published", at_least=0)
     perturb: float | None = option(None, "how far pictures are moved; 0: they stay; None: as published", at_least=0)
     features: float | None = option(None, "weight of the features in the student's loss; None: as published", at_least=0)
@@ -49,7 +49,7 @@ class Hast(Pooled):
         painting = self.painting(setting)
         painting = replace(
             painting,
-            classes=_either(self.classes, 0.1 if large else 10.0),
+            classes=_either(self.class_weight, 0.1 if large else 10.0),
             focus=_either(self.focus, 0.5 if large else 2.0),
             flip=large,
             crop=0.5 if large else 1.0,

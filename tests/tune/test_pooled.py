@@ -58,7 +58,7 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 FIELDS = (
     ("intraq", {"certainty": 0.5}), ("intraq", {"nearest": 0.9}), ("intraq", {"farthest": 0.0}), ("intraq", {"reinforce": 0.0}),
     ("intraq", {"cross_entropy": 1.0}), ("intraq", {"augment": False}), ("intraq", {"pictures": 17}), ("intraq", {"picture_steps": 2}),
-    ("hast", {"classes": 1.0}), ("hast", {"focus": 0.0}), ("hast", {"perturb": 0.0}), ("hast", {"features": 0.0}),
+    ("hast", {"class_weight": 1.0}), ("hast", {"focus": 0.0}), ("hast", {"perturb": 0.0}), ("hast", {"features": 0.0}),
     ("hast", {"temperature": 4.0}), ("hast", {"budget": "paper"}),
 )  # fmt: skip
 
