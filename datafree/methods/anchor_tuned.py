@@ -57,7 +57,7 @@ class AnchorTuned(Method):
     source: Origin = option("distilled", "the pictures: optimised, leaves and pink noise, or a third each of both and a generator's")
     steps: int | None = option(None, "of the student", at_least=0)
     batch: int = option(64, "pictures of a step", at_least=2)
-    rate: float = option(5e-3, "learning rate of SGD, along one cycle", at_least=0)
+    rate: float = option(3e-3, "learning rate of SGD, along one cycle", at_least=0)
     pictures: int | None = option(None, "how many pictures are optimised, where any are", at_least=1)
     picture_steps: int | None = option(None, "steps in which each batch of them is optimised", at_least=1)
     warm_up: int | None = option(None, "steps of the generator alone, where there is one", at_least=0)
@@ -83,7 +83,7 @@ class AnchorTuned(Method):
 
     def _setting(self) -> _Setting:
         """That of the budget, with the fields that are given in place of its own."""
-        setting = {"smoke": _Setting(30, 64, 30, 20), "fast": _Setting(400, 256, 80, 150), "standard": _Setting(5000, 2048, 200, 1000)}
+        setting = {"smoke": _Setting(20, 64, 20, 20), "fast": _Setting(300, 1024, 40, 150), "standard": _Setting(5000, 4096, 200, 1000)}
         given = {"steps": self.steps, "pictures": self.pictures, "picture_steps": self.picture_steps, "warm_up": self.warm_up}
         return replace(setting[self.budget], **{name: value for name, value in given.items() if value is not None})
 
