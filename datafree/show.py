@@ -135,7 +135,8 @@ def show_method(console: Console, name: str, method: type[Method]) -> None:
     """The whole docstring, and every field with its default and help."""
     console.print(name, style="bold")
     console.print(_source(method) + "\n")
-    console.print(cleandoc(method.__doc__ or "").replace("``", ""))
+    paragraphs = cleandoc(method.__doc__ or "").replace("``", "").split("\n\n")
+    console.print("\n\n".join(" ".join(each.split()) for each in paragraphs))
     options = _table("field", "default", "what it does")
     for each in fields(method):  # type: ignore[arg-type]
         choices = _choices(each.type)
