@@ -7,6 +7,7 @@ from typing import Literal
 from torch import nn
 
 from datafree.context import Ctx
+from datafree.fit import Clock
 from datafree.graph.taps import anchored_alike
 from datafree.method import Method, find_method, method, option
 from datafree.plan import Target
@@ -70,11 +71,14 @@ class AnchorTuned(Method):
         if not stored_moments(teacher):
             ctx.note("the network has no batch norms that pictures could be anchored to: the student stays as the closed form has made it")
             return student
+
+        def left() -> float | None:
+            return None if self.max_seconds is None else max(0.0, self.max_seconds - (time.monotonic() - begun))
+
         setting = self._setting()
-        source = self._source(teacher, student, task, setting, ctx)
-        left = None if self.max_seconds is None else max(0.0, self.max_seconds - (time.monotonic() - begun))
+        source = self._source(teacher, student, task, setting, left(), ctx)
         roll = max(task.shape[1:], default=0) // _SHIFT
-        recipe = Recipe(batch=self.batch, rate=self.rate, weight_range="stay", act_range="stay", flip=True, roll=roll, max_seconds=left)
+        recipe = Recipe(batch=self.batch, rate=self.rate, weight_range="stay", act_range="stay", flip=True, roll=roll, max_seconds=left())
         with anchored_alike(teacher, student):
             distill(teacher, student, task, source, setting.steps, ctx, recipe)
         if ctx.on_pictures is not None:
@@ -87,17 +91,25 @@ class AnchorTuned(Method):
         given = {"steps": self.steps, "pictures": self.pictures, "picture_steps": self.picture_steps, "warm_up": self.warm_up}
         return replace(setting[self.budget], **{name: value for name, value in given.items() if value is not None})
 
-    def _source(self, teacher: nn.Module, student: nn.Module, task: Task, setting: _Setting, ctx: Ctx) -> Source:
+    def _source(self, teacher: nn.Module, student: nn.Module, task: Task, setting: _Setting, seconds: float | None, ctx: Ctx) -> Source:
+        """``seconds``: what is left, of which pictures get a half and the generator alone a tenth."""
         sources: list[Source] = []
         if self.source != "distilled":
             sources.append(Prior("mix", task, ctx.generator))
         if self.source != "procedural":
             painting = Painting(
-                steps=setting.picture_steps, rate=0.1, falling="cosine", batch=_PAINTED, start="mix", per_image=False, share="layer"
+                steps=setting.picture_steps,
+                rate=0.1,
+                falling="cosine",
+                batch=_PAINTED,
+                start="mix",
+                per_image=False,
+                share="layer",
+                max_seconds=None if seconds is None else seconds / 2,
             )
             sources.append(Pool(Pixels(teacher, task, ctx, painting).sample(max(setting.pictures, self.batch)), ctx.generator))
         if self.source == "mixed":
             generator = Conditional(teacher, task, ctx, Generation(batch=self.batch, rate=2e-3, widths=(64, 32)))
-            generator.learn(setting.warm_up, student)
+            generator.learn(setting.warm_up, student, Clock(None if seconds is None else seconds / 10))
             sources.append(generator)
         return Mixed(tuple(sources), (1 / len(sources),) * len(sources), ctx.generator)
