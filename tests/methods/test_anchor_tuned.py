@@ -18,6 +18,7 @@ from networks import build
 
 MODEL, TASK = digits()
 TARGET = Target(2, 2, protocol="paper")
+few_pictures = pytest.mark.usefixtures("few_pictures")
 QUICK = {"steps": 3, "batch": 8, "pictures": 8, "picture_steps": 2, "warm_up": 2}
 
 
@@ -40,6 +41,7 @@ def test_training_comes_nearer_to_the_network_on_pictures_it_has_not_seen() -> N
     assert lost[1] < 0.95 * lost[0]
 
 
+@few_pictures
 def test_weights_move_and_grids_stay() -> None:
     closed, trained = quantized(steps=0), quantized()
     for name, layer in quantized_layers(trained).items():
@@ -50,6 +52,7 @@ def test_weights_move_and_grids_stay() -> None:
     assert all(torch.equal(each.scale, ranges[point].scale) for point, each in quantizers(trained).items())
 
 
+@few_pictures
 @pytest.mark.parametrize(
     "fields", ({"source": "procedural"}, {"source": "mixed"}, {"steps": 2}, {"batch": 9}, {"rate": 1e-2}, {"budget": "fast"}), ids=str
 )
@@ -57,10 +60,12 @@ def test_every_choice_counts(fields: dict[str, object]) -> None:
     assert same(quantized(), quantized(**fields)) == ("budget" in fields), "all that the budget fills in is given"
 
 
+@few_pictures
 def test_without_steps_it_is_the_student_of_anchor() -> None:
     assert same(quantized(steps=0), datafree.methods()["anchor"]().run(MODEL, TASK, TARGET, Ctx.create(0)))
 
 
+@few_pictures
 def test_without_batch_norms_it_is_the_student_of_anchor_as_a_note_says() -> None:
     model, task = build("transformer")
     target = Target(4, 4, protocol="paper")
@@ -69,6 +74,7 @@ def test_without_batch_norms_it_is_the_student_of_anchor_as_a_note_says() -> Non
     assert "the network has no batch norms" in str(tuned.run["notes"])
 
 
+@few_pictures
 def test_the_time_is_kept_and_told() -> None:
     chosen = datafree.methods()["anchor-tuned"](budget="standard", max_seconds=1.0, batch=8)
     run = datafree.quantize(MODEL, TASK, method=chosen, target=TARGET).run
