@@ -1,7 +1,7 @@
 """Our own closed form, then a short distillation on pictures that are anchored to the network (no published method)."""
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from torch import nn
@@ -19,22 +19,29 @@ from datafree.synth.source import Mixed, Pool, Prior, Source
 from datafree.synth.terms import stored_moments
 from datafree.task import Task
 from datafree.tune.distill import Recipe, distill
+from datafree.tune.taught import is_large
 
 Budget = Literal["smoke", "fast", "standard"]
 Origin = Literal["procedural", "distilled", "mixed"]
 
-_PAINTED = 128  # pictures optimised together
+_BATCH, _PAINTED = 64, 128  # small pictures of a step, and optimised together; of large ones a quarter
+_FEWER = 16  # such a part of the pool there is where pictures are large
 _SHIFT = 16  # such a part of the sides a picture is shifted at most
 
 
 @dataclass(frozen=True)
 class _Setting:
-    """What a budget says: steps of the student; how many pictures are optimised, and by how many steps; steps of the generator alone."""
+    """What a budget says: steps of the student; how many pictures are optimised, and by how many steps; steps of the generator alone.
+
+    And by the size of the inputs, pictures of a step, and those optimised together.
+    """
 
     steps: int
     pictures: int
     picture_steps: int
     warm_up: int
+    batch: int = _BATCH
+    painted: int = _PAINTED
 
 
 @method("anchor-tuned")
@@ -57,7 +64,7 @@ class AnchorTuned(Method):
     budget: Budget = option("fast", "fills in what is None: for half a minute, some minutes or an hour on a small network")
     source: Origin = option("distilled", "the pictures: optimised, leaves and pink noise, or a third each of both and a generator's")
     steps: int | None = option(None, "of the student", at_least=0)
-    batch: int = option(64, "pictures of a step", at_least=2)
+    batch: int | None = option(None, "pictures of a step; None: 64, or 16 large ones", at_least=2)
     rate: float = option(3e-3, "learning rate of SGD, along one cycle", at_least=0)
     pictures: int | None = option(None, "how many pictures are optimised, where any are", at_least=1)
     picture_steps: int | None = option(None, "steps in which each batch of them is optimised", at_least=1)
@@ -75,21 +82,26 @@ class AnchorTuned(Method):
         def left() -> float | None:
             return None if self.max_seconds is None else max(0.0, self.max_seconds - (time.monotonic() - begun))
 
-        setting = self._setting()
+        setting = self._setting(is_large(task))
         source = self._source(teacher, student, task, setting, left(), ctx)
         roll = max(task.shape[1:], default=0) // _SHIFT
-        recipe = Recipe(batch=self.batch, rate=self.rate, weight_range="stay", act_range="stay", flip=True, roll=roll, max_seconds=left())
+        recipe = Recipe(
+            batch=setting.batch, rate=self.rate, weight_range="stay", act_range="stay", flip=True, roll=roll, max_seconds=left()
+        )
         with anchored_alike(teacher, student):
             distill(teacher, student, task, source, setting.steps, ctx, recipe)
         if ctx.on_pictures is not None:
-            ctx.on_pictures(source.sample(self.batch).inputs)
+            ctx.on_pictures(source.sample(setting.batch).inputs)
         return student
 
-    def _setting(self) -> _Setting:
+    def _setting(self, large: bool) -> _Setting:
         """That of the budget, with the fields that are given in place of its own."""
-        setting = {"smoke": _Setting(20, 64, 20, 20), "fast": _Setting(300, 1024, 40, 150), "standard": _Setting(5000, 4096, 200, 1000)}
-        given = {"steps": self.steps, "pictures": self.pictures, "picture_steps": self.picture_steps, "warm_up": self.warm_up}
-        return replace(setting[self.budget], **{name: value for name, value in given.items() if value is not None})
+        budgets = {"smoke": _Setting(20, 64, 20, 20), "fast": _Setting(300, 1024, 40, 150), "standard": _Setting(5000, 4096, 200, 1000)}
+        setting = budgets[self.budget]
+        if large:
+            setting = replace(setting, pictures=setting.pictures // _FEWER, batch=_BATCH // 4, painted=_PAINTED // 4)
+        given = {each.name: getattr(self, each.name, None) for each in fields(_Setting)}
+        return replace(setting, **{name: value for name, value in given.items() if value is not None})
 
     def _source(self, teacher: nn.Module, student: nn.Module, task: Task, setting: _Setting, seconds: float | None, ctx: Ctx) -> Source:
         """``seconds``: what is left, of which pictures get a half and the generator alone a tenth."""
@@ -101,15 +113,15 @@ class AnchorTuned(Method):
                 steps=setting.picture_steps,
                 rate=0.1,
                 falling="cosine",
-                batch=_PAINTED,
+                batch=setting.painted,
                 start="mix",
                 per_image=False,
                 share="layer",
                 max_seconds=None if seconds is None else seconds / 2,
             )
-            sources.append(Pool(Pixels(teacher, task, ctx, painting).sample(max(setting.pictures, self.batch)), ctx.generator))
+            sources.append(Pool(Pixels(teacher, task, ctx, painting).sample(max(setting.pictures, setting.batch)), ctx.generator))
         if self.source == "mixed":
-            generator = Conditional(teacher, task, ctx, Generation(batch=self.batch, rate=2e-3, widths=(64, 32)))
+            generator = Conditional(teacher, task, ctx, Generation(batch=setting.batch, rate=2e-3, widths=(64, 32)))
             generator.learn(setting.warm_up, student, Clock(None if seconds is None else seconds / 10))
             sources.append(generator)
         return Mixed(tuple(sources), (1 / len(sources),) * len(sources), ctx.generator)
