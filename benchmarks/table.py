@@ -28,7 +28,7 @@ TAUGHT = """\
 Drops from full precision on ResNet-20 in protocol `paper`, in points: means over the seeds (how many in brackets), and the median of
 the seconds. `smoke`, `fast` and `standard` are budgets, see the [methods](methods.md); the last weights count, or their average, and no
 epoch is chosen. Beside them the drops that were published, for other weights, on a GPU, with the best epoch on the test images; those
-marked ° were measured by other authors than the method's. Seconds are those of one thread, mostly beside other programs, and tell the
+marked ° were measured by other authors than the method's. Seconds are those of one thread, mostly beside other programs, some suspended for a while, and tell the
 order of magnitude only. The closed forms need no training.
 """
 LEARNS = """\
