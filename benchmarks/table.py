@@ -28,8 +28,8 @@ TAUGHT = """\
 Drops from full precision on ResNet-20 in protocol `paper`, in points: means over the seeds (how many in brackets), and the median of
 the seconds. `smoke`, `fast` and `standard` are budgets, see the [methods](methods.md); the last weights count, or their average, and no
 epoch is chosen. Beside them the drops that were published, for other weights, on a GPU, with the best epoch on the test images; those
-marked ° were measured by other authors than the method's. Seconds are those of one thread, mostly beside other programs, some suspended for a while, and tell the
-order of magnitude only. The closed forms need no training.
+marked ° were measured by other authors than the method's. Seconds are those of one thread, mostly beside other programs and some of them
+suspended for a while: they tell the order of magnitude. The closed forms need no training.
 """
 LEARNS = """\
 The embedded digits (360 held-out images) at W2A2 in protocol `paper`, budget `smoke`: the student as training finds it and leaves it. The
@@ -48,6 +48,11 @@ def results() -> list[dict[str, object]]:
     """All accuracy results, each with its file name."""
     read = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))]
     return [each for each in read if "top1" in each]
+
+
+def is_trained(result: dict[str, object]) -> bool:
+    """Whether the method trains its student, for as long as a budget says."""
+    return "budget" in result["run"]["fields"]
 
 
 def cell(found: list[dict[str, object]]) -> str:
@@ -72,7 +77,8 @@ def size(found: list[dict[str, object]]) -> str:
 def tables() -> str:
     grouped: dict[str, dict[str, dict[str, list[dict[str, object]]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for each in results():
-        grouped[each["network"]][each["setting"]][each["label"]].append(each)
+        if not is_trained(each):  # they have a table of their own
+            grouped[each["network"]][each["setting"]][each["label"]].append(each)
     parts = []
     for network, settings in grouped.items():
         labels = sorted({label for by_label in settings.values() for label in by_label})
