@@ -195,6 +195,11 @@ class Clock:
         """Seconds that were left at the last look."""
         return math.inf if self.seconds is None else max(0.0, self.seconds - self.elapsed)
 
+    def rest(self) -> float | None:
+        """Seconds that are left now; None: any number."""
+        self()
+        return None if self.seconds is None else self.left()
+
     def share(self) -> float:
         """How much of its time was over at the last look, 0 to 1."""
         return 0.0 if self.seconds is None else min(1.0, self.elapsed / max(self.seconds, 1e-9))
@@ -202,6 +207,14 @@ class Clock:
     def resume(self, elapsed: float) -> None:
         """Go on as if so many seconds were over."""
         self.elapsed, self.begun = elapsed, time.monotonic() - elapsed
+
+
+def in_turn(seconds: float | None, count: int) -> Iterator[Clock]:
+    """A clock for each of ``count`` fits, made when it begins: what is left of the time is shared evenly among those to come."""
+    whole = Clock(seconds)
+    for number in range(count):
+        rest = whole.rest()
+        yield Clock(None if rest is None else rest / (count - number))
 
 
 @final

@@ -15,6 +15,11 @@ def conv_bn(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups:
     return [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False), nn.BatchNorm2d(outputs)]
 
 
+def same(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two networks of one shape hold the same numbers."""
+    return all(torch.equal(each, other.state_dict()[name]) for name, each in one.state_dict().items())
+
+
 class Scripted(nn.Module):
     """A network whose forward pass is a function of it and its input, for tests that need one odd operation."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from datafree import fit as module_under_test
 from datafree.context import Ctx, Event
 from datafree.errors import MethodError, OutputError
-from datafree.fit import Clock, FirstOf, duration, fit, resumable, stalled
+from datafree.fit import Clock, FirstOf, duration, fit, in_turn, resumable, stalled
 
 STEPS, EVERY = 12, 5
 
@@ -147,6 +147,19 @@ def test_a_clock_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not other() and other.left() == 1.0
     now = 10.0
     assert other() and other.share() == 1.0 and not never() and (never.left(), never.share()) == (math.inf, 0.0)
+
+
+def test_fits_in_turn_share_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(module_under_test.time, "monotonic", lambda: now)
+    found = []
+    for clock, ends in zip(in_turn(12.0, 3), (4.0, 7.0, 12.5), strict=True):
+        found.append((clock.seconds, clock()))
+        now = ends
+        found.append((clock.rest(), clock()))
+    # the first takes its share to the end, the second less than that, and the last has the rest, which it exceeds
+    assert found == [(4.0, False), (0.0, True), (4.0, False), (1.0, False), (5.0, False), (0.0, True)]
+    assert [clock.rest() for clock in in_turn(None, 2)] == [None, None]
 
 
 def test_stops_by_its_own_criterion(tmp_path: Path) -> None:

@@ -42,6 +42,11 @@ def make_plan(
     return Plan(layers, {point: _activation(bits) for point, bits in acts.elsewhere.items()})
 
 
+def own_range(layer: Layer, bits: int) -> QSpec:
+    """For :func:`make_plan`: every output channel of a weight has a range of its own, and it need not lie evenly around zero."""
+    return QSpec(bits, symmetric=False, axis=layer.out_axis)
+
+
 def weight_widths(flow: Flow, target: Target) -> dict[str, int]:
     """Bits of every layer's weight, in execution order; kept layers are absent.
 

@@ -1,6 +1,5 @@
 """Our own closed form, then a short distillation on pictures that are anchored to the network (no published method)."""
 
-import time
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -9,7 +8,7 @@ from torch import nn
 from datafree.context import Ctx
 from datafree.fit import Clock
 from datafree.graph.taps import anchored_alike
-from datafree.method import Method, find_method, method, option
+from datafree.method import Method, method, option
 from datafree.plan import Target
 from datafree.synth.generator import Conditional
 from datafree.synth.generator import Recipe as Generation
@@ -19,7 +18,7 @@ from datafree.synth.source import Mixed, Pool, Prior, Source
 from datafree.synth.terms import stored_moments
 from datafree.task import Task
 from datafree.tune.distill import Recipe, distill
-from datafree.tune.taught import is_large
+from datafree.tune.taught import closed_student, is_large
 
 Budget = Literal["smoke", "fast", "standard"]
 Origin = Literal["procedural", "distilled", "mixed"]
@@ -73,20 +72,16 @@ class AnchorTuned(Method):
 
     def run(self, teacher: nn.Module, task: Task, target: Target, ctx: Ctx) -> nn.Module:
         """Make the student in closed form, then train it."""
-        begun = time.monotonic()
-        student = find_method("anchor")().run(teacher, task, target, replace(ctx, on_pictures=None))
+        clock = Clock(self.max_seconds)
+        student = closed_student(teacher, task, target, ctx)
         if not stored_moments(teacher):
             ctx.note("the network has no batch norms that pictures could be anchored to: the student stays as the closed form has made it")
             return student
-
-        def left() -> float | None:
-            return None if self.max_seconds is None else max(0.0, self.max_seconds - (time.monotonic() - begun))
-
         setting = self._setting(is_large(task))
-        source = self._source(teacher, student, task, setting, left(), ctx)
+        source = self._source(teacher, student, task, setting, clock.rest(), ctx)
         roll = max(task.shape[1:], default=0) // _SHIFT
         recipe = Recipe(
-            batch=setting.batch, rate=self.rate, weight_range="stay", act_range="stay", flip=True, roll=roll, max_seconds=left()
+            batch=setting.batch, rate=self.rate, weight_range="stay", act_range="stay", flip=True, roll=roll, max_seconds=clock.rest()
         )
         with anchored_alike(teacher, student):
             distill(teacher, student, task, source, setting.steps, ctx, recipe)

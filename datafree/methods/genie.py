@@ -1,20 +1,17 @@
 """GENIE: pictures from latents, and rounding learned block by block on them (Jeon et al., CVPR 2023, arXiv 2212.04780)."""
 
-import math
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from datafree.bits.allocate import make_plan
+from datafree.bits.allocate import make_plan, own_range
 from datafree.context import Ctx
-from datafree.fit import Stop, duration
-from datafree.graph.flow import Flow, Layer, read
-from datafree.method import Method, find_method, method, option
-from datafree.plan import Plan, QSpec, Target
+from datafree.fit import Clock
+from datafree.graph.flow import Flow, read
+from datafree.method import Method, method, option
+from datafree.plan import Plan, Target
 from datafree.quant.insert import insert, latent_weight, quantized_layers, quantizers, weight_quantizer
 from datafree.quant.observe import observe
 from datafree.quant.ranges import mse
@@ -25,6 +22,7 @@ from datafree.synth.noise import source_of
 from datafree.synth.source import Shown, Source
 from datafree.task import Task
 from datafree.tune.reconstruct import Recipe, reconstruct
+from datafree.tune.taught import closed_student
 
 Budget = Literal["smoke", "fast", "standard", "paper"]
 Start = Literal["nearest", "anchor"]
@@ -102,7 +100,7 @@ class Genie(Method):
 
     def run(self, teacher: nn.Module, task: Task, target: Target, ctx: Ctx) -> nn.Module:
         """Make the student: pictures, plan, round, range, reconstruct."""
-        begun, setting, flow = time.monotonic(), self._setting(), read(teacher, task, ctx)
+        clock, setting, flow = Clock(self.max_seconds), self._setting(), read(teacher, task, ctx)
         inputs = self._source(teacher, task, setting, ctx).sample(setting.pictures).inputs
         student = self._started(teacher, flow, task, target, inputs, ctx)
         recipe = Recipe(
@@ -114,7 +112,7 @@ class Genie(Method):
             rounding=setting.rounding,
             drop=self.drop,
             joint_scale=self.joint_scale,
-            max_seconds=None if self.max_seconds is None else max(0.0, self.max_seconds - (time.monotonic() - begun)),
+            max_seconds=clock.rest(),
         )
         reconstruct(teacher, student, flow, task, inputs, ctx, recipe)
         return student
@@ -125,21 +123,21 @@ class Genie(Method):
 
     def _source(self, teacher: nn.Module, task: Task, setting: Setting, ctx: Ctx) -> Source:
         """Of the pictures, which stop learning when their share of the time is over."""
-        stop, steps, batch = None, setting.picture_steps, setting.picture_batch
-        if self.max_seconds is not None:
-            work, further = setting.pictures * steps, _UNITS * setting.steps * self.batch
-            stop = _in_turn(self.max_seconds * work / (work + further), math.ceil(setting.pictures / batch), ctx)
+        steps, batch, work = setting.picture_steps, setting.picture_batch, setting.pictures * setting.picture_steps
+        share = work / (work + _UNITS * setting.steps * self.batch)
+        seconds = None if self.max_seconds is None else share * self.max_seconds
         if self.family != "latent":
-            return source_of(self.family, teacher, task, ctx, Distillation(steps=steps, batch=batch, stop=stop))
+            return source_of(self.family, teacher, task, ctx, Distillation(steps=steps, batch=batch, max_seconds=seconds))
         widths = (64, 32) if self.budget in ("smoke", "fast") else (128, 64)
-        source = latent_source(teacher, task, ctx, Generation(steps=steps, batch=batch, widths=widths, swing=self.swing, stop=stop))
+        recipe = Generation(steps=steps, batch=batch, widths=widths, swing=self.swing, max_seconds=seconds)
+        source = latent_source(teacher, task, ctx, recipe)
         return source if ctx.on_pictures is None else Shown(source, ctx.on_pictures)
 
     def _started(self, teacher: nn.Module, flow: Flow, task: Task, target: Target, inputs: Tensor, ctx: Ctx) -> nn.Module:
         """The student before it learns."""
         if self.start == "anchor":
-            return find_method("anchor")().run(teacher, task, target, replace(ctx, on_pictures=None))
-        student = insert(teacher, make_plan(flow, teacher, target, _spec, ctx))
+            return closed_student(teacher, task, target, ctx)
+        student = insert(teacher, make_plan(flow, teacher, target, own_range, ctx))
         for layer in quantized_layers(student).values():
             quantizer = weight_quantizer(layer)
             quantizer.set(*mse(latent_weight(layer), quantizer.spec, exponent=_EXPONENT))
@@ -149,27 +147,3 @@ class Genie(Method):
             for point, quantizer in quantizers(probe).items():
                 points[point].set(quantizer.scale, quantizer.zero)
         return student
-
-
-def _in_turn(seconds: float, count: int, ctx: Ctx) -> Stop:
-    """Stop each of ``count`` batches when its share of the time that is left is over; noted once."""
-    end, ends = time.monotonic() + seconds, list[float]()
-    told = list[int]()
-
-    def stop(losses: Sequence[float]) -> bool:
-        now = time.monotonic()
-        if not losses or not ends:
-            ends.append(now + max(0.0, end - now) / max(1, count - len(ends)))
-        over = now >= ends[-1]
-        if over and not told:
-            told.append(len(losses))
-            ctx.note(
-                f"pictures: each batch stops when its share of {duration(seconds)} is over, the first of them after {len(losses)} steps"
-            )
-        return over
-
-    return stop
-
-
-def _spec(layer: Layer, bits: int) -> QSpec:
-    return QSpec(bits, symmetric=False, axis=layer.out_axis)

@@ -1,11 +1,11 @@
 """TexQ-style: a generator that keeps near one calibrated picture of each class (after Chen et al., TexQ, NeurIPS 2023)."""
 
-import time
 from dataclasses import replace
 
 from torch import nn
 
 from datafree.context import Ctx
+from datafree.fit import Clock
 from datafree.method import method, option
 from datafree.plan import Target
 from datafree.synth.centres import Centred, centres_of
@@ -61,7 +61,7 @@ class Texq(Taught):
         """Pictures, centres, generator; each gets the share of the time that its steps are meant to take."""
 
         def prepare(student: nn.Module, seconds: float | None) -> Source:
-            begun, made = time.monotonic(), classes * setting.picture_steps
+            clock, made = Clock(seconds), classes * setting.picture_steps
             after = setting.batch * (_ALONE * setting.warm_up + _JOINT * setting.steps)
             share = None if seconds is None else seconds * made / (made + after)
             centres = centres_of(teacher, task, Pixels(teacher, task, ctx, self._painting(setting, share)).sample(classes))
@@ -69,8 +69,7 @@ class Texq(Taught):
                 ctx.note(f"centres: the network recognises the pictures of {int(centres.known.sum())} of {classes} classes")
             objective = Centred(centres, ctx.generator, self.statistics, self.centre, self.distorted)
             generation: Generation = replace(self.generation(setting), objective=objective)
-            left = None if seconds is None else max(0.0, seconds - (time.monotonic() - begun))
-            return self.generated(teacher, task, setting, generation, ctx)(student, left)
+            return self.generated(teacher, task, setting, generation, ctx)(student, clock.rest())
 
         return prepare
 

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from datafree.bits.allocate import make_plan
+from datafree.bits.allocate import make_plan, own_range
 from datafree.bits.pareto import frontier
 from datafree.bits.search import budget, costs, is_mixed
 from datafree.bits.sensitivity import answer_divergence
@@ -60,7 +60,7 @@ class ZeroQ(Method):
         """Make the student: distil, plan, round, range."""
         flow = read(teacher, task, ctx)
         inputs = source_of("distilled", teacher, task, ctx, self._recipe()).sample(self.pictures).inputs
-        plan = make_plan(flow, teacher, target, _spec, ctx, self._widths(flow, teacher, task, target, inputs))
+        plan = make_plan(flow, teacher, target, own_range, ctx, self._widths(flow, teacher, task, target, inputs))
         student = insert(teacher, plan)  # weights are min-max ranged
         if self.act_range == "minmax":
             observe(student, torch.split(inputs, BATCH), "minmax", task.run)
@@ -90,14 +90,10 @@ class ZeroQ(Method):
         """The best point of the frontier within the budget, where there is a choice."""
         if not is_mixed(target):
             return None
-        lost = answer_divergence(flow, teacher, task, inputs[: self.sensitivity_pictures], _spec, _rounded)
-        cost = costs(flow, teacher, target, _spec)
+        lost = answer_divergence(flow, teacher, task, inputs[: self.sensitivity_pictures], own_range, _rounded)
+        cost = costs(flow, teacher, target, own_range)
         omega = {name: {bits: lost({name: bits}) for bits in sizes} for name, sizes in cost.items()}
         return dict(frontier(omega, cost, budget(target), lost if self.remeasure else None)[-1].widths)
-
-
-def _spec(layer: Layer, bits: int) -> QSpec:
-    return QSpec(bits, symmetric=False, axis=layer.out_axis)
 
 
 def _rounded(layer: Layer, weight: Tensor, spec: QSpec) -> Tensor:

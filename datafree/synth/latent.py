@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from datafree.context import Ctx
 from datafree.errors import NetworkError
-from datafree.fit import Stop, fit
+from datafree.fit import Stop, duration, fit, in_turn
 from datafree.graph.swap import frozen_copy
 from datafree.synth.generator import Generator
 from datafree.synth.generator import Recipe as Widths
@@ -39,7 +39,7 @@ class Recipe:
         latent: numbers behind each input.
         widths: channels of the generator's convolutions.
         swing: every strided convolution sees its input moved at random by one position at most, so that none is overlooked.
-        stop: when a batch is good enough; None: all steps are taken.
+        max_seconds: that a sample may take, shared evenly among its batches; None: any.
     """
 
     steps: int = 4000
@@ -50,7 +50,7 @@ class Recipe:
     latent: int = 256
     widths: tuple[int, int] = (128, 64)
     swing: bool = True
-    stop: Stop | None = None
+    max_seconds: float | None = None
 
 
 def latent_source(teacher: nn.Module, task: Task, ctx: Ctx, recipe: Recipe | None = None) -> Source:
@@ -90,13 +90,19 @@ class Latent:
         if n < 1:
             raise NetworkError(f"{n} pictures were asked for: at least 1 is needed")
         sizes = [min(self.recipe.batch, n - first) for first in range(0, n, self.recipe.batch)]
-        return Batch(torch.cat([self._make(size, f"pictures, batch {i} of {len(sizes)}") for i, size in enumerate(sizes, 1)]))
+        found, begun, limit = [], len(self.losses), self.recipe.max_seconds
+        for number, (size, clock) in enumerate(zip(sizes, in_turn(limit, len(sizes)), strict=True), 1):
+            found.append(self._make(size, f"pictures, batch {number} of {len(sizes)}", clock))
+        taken, steps = sum(map(len, self.losses[begun:])), self.recipe.steps * len(sizes)
+        if limit is not None and taken < steps:
+            self.ctx.note(f"pictures: stopped after {taken} of {steps} steps, when their {duration(limit)} were over")
+        return Batch(torch.cat(found))
 
     def update(self, student: nn.Module) -> Terms:
         """Nothing: each batch is optimised to the end."""
         return NONE
 
-    def _make(self, n: int, name: str) -> Tensor:
+    def _make(self, n: int, name: str, stop: Stop) -> Tensor:
         recipe, random = self.recipe, self.ctx.generator
         generator = Generator(self.task.shape, 1, "unconditional", Widths(latent=recipe.latent, widths=recipe.widths), random)
         blend = one_class(n, 1, random)
@@ -113,7 +119,7 @@ class Latent:
         optimizer.register_step_post_hook(_decay(latents))
         plateau = ReduceLROnPlateau(optimizer, patience=recipe.patience, min_lr=[0.0, recipe.generator_rate])  # of the latents alone
         with norm_moments(self.teacher) as seen:
-            self.losses.append(fit(params, loss, recipe.steps, optimizer, self.ctx, name, plateau, recipe.stop))
+            self.losses.append(fit(params, loss, recipe.steps, optimizer, self.ctx, name, plateau, stop))
         with torch.no_grad():
             made: Tensor = generator(latents, blend)
         return made.detach()

@@ -4,7 +4,6 @@ A batch of pixels starts as noise, or as procedural pictures, and follows the gr
 network itself is never changed.
 """
 
-import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Protocol, final
@@ -16,7 +15,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 
 from datafree.context import Ctx
 from datafree.errors import NetworkError
-from datafree.fit import Clock, Stop, duration, fit
+from datafree.fit import FirstOf, Stop, duration, fit, in_turn
 from datafree.graph.flow import flow
 from datafree.graph.swap import frozen_copy
 from datafree.synth.filters import Band, natural_band, texture_gap
@@ -205,11 +204,10 @@ class Pixels:
             labels = torch.randperm(n, generator=generator, device=generator.device) % count_classes(self.teacher, self.task, self.ctx)
         margins = self._margins()
         band = natural_band(self.task, generator) if recipe.texture else None
-        end = None if recipe.max_seconds is None else time.monotonic() + recipe.max_seconds
         parts = [range(first, min(first + recipe.batch, n)) for first in range(0, n, recipe.batch)]
         found, begun = [], len(self.losses)
-        for number, part in enumerate(parts, 1):
-            stop = recipe.stop if end is None else Clock((end - time.monotonic()) / (len(parts) + 1 - number))
+        for number, (part, clock) in enumerate(zip(parts, in_turn(recipe.max_seconds, len(parts)), strict=True), 1):
+            stop = clock if recipe.stop is None else FirstOf((recipe.stop, clock))
             wanted = self._wanted(None if labels is None else labels[part.start : part.stop], margins, band)
             found.append(self._optimise(len(part), wanted, f"pictures, batch {number} of {len(parts)}", stop))
         taken, steps = sum(map(len, self.losses[begun:])), recipe.steps * len(parts)
@@ -230,7 +228,7 @@ class Pixels:
         centres = None if labels is None or self._sums is None else self._sums[labels]
         return _Wanted(labels, certainty, centres, margins, band)
 
-    def _optimise(self, n: int, wanted: _Wanted, name: str, stop: Stop | None) -> Tensor:
+    def _optimise(self, n: int, wanted: _Wanted, name: str, stop: Stop) -> Tensor:
         recipe = self.recipe
         pixels = self._start(n).requires_grad_()
         optimizer = torch.optim.Adam([pixels], lr=recipe.rate)

@@ -5,7 +5,6 @@ a random part of them (QDrop, arXiv 2203.05740), weight scales with them (GENIE-
 """
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from datafree.context import Ctx
 from datafree.errors import MethodError
-from datafree.fit import duration, fit
+from datafree.fit import Clock, duration, fit, in_turn
 from datafree.graph.blocks import Unit, units
 from datafree.graph.flow import Flow
 from datafree.graph.swap import replace
@@ -82,19 +81,18 @@ def reconstruct(
         MethodError: a loss is not finite, and the message names it; the student's earlier units are done, this one is as it was. Or an
             activation has no range.
     """
-    recipe, begun = recipe or Recipe(), time.monotonic()
+    recipe = recipe or Recipe()
     if unset := [point for point, quantizer in quantizers(student).items() if not quantizer.ready]:
         raise MethodError(f"the ranges of {', '.join(unset[:5])} are unset: observe activations first")
     chosen = units(flow)
     losses: dict[str, list[float]] = {}
-    for number, unit in enumerate(chosen):
+    for number, (unit, clock) in enumerate(zip(chosen, in_turn(recipe.max_seconds, len(chosen)), strict=True), 1):
         parts = _stand_ins(teacher, student, unit, flow, ctx, recipe)
         if not parts:  # all of it stays in float
             continue
         record = _record(teacher, student, unit, flow, task, inputs, ctx)
-        left = None if recipe.max_seconds is None else max(0.0, recipe.max_seconds - (time.monotonic() - begun))
-        lesson = _Lesson(unit, student, record, ctx, recipe, None if left is None else left / (len(chosen) - number))
-        losses[unit.modules[0]] = _learn(lesson, parts, f"reconstruct, unit {number + 1} of {len(chosen)}")
+        lesson = _Lesson(unit, student, record, ctx, recipe, clock)
+        losses[unit.modules[0]] = _learn(lesson, parts, f"reconstruct, unit {number} of {len(chosen)}")
     if alone := set(quantized_layers(student)) - {name for unit in chosen for name in unit.layers}:
         ctx.note(f"layers that several parts of the network call stay as they were rounded: {', '.join(sorted(alone))}")
     if short := [len(each) for each in losses.values() if len(each) < recipe.steps]:
@@ -148,10 +146,10 @@ def _stand_ins(
 class _Lesson:
     """The loss of a unit, and what it keeps from step to step: how many there were, and their time."""
 
-    def __init__(self, unit: Unit, student: nn.Module, record: _Record, ctx: Ctx, recipe: Recipe, seconds: float | None) -> None:
-        self.unit, self.student, self.record, self.ctx, self.recipe, self.limit = unit, student, record, ctx, recipe, seconds
+    def __init__(self, unit: Unit, student: nn.Module, record: _Record, ctx: Ctx, recipe: Recipe, clock: Clock) -> None:
+        self.unit, self.student, self.record, self.ctx, self.recipe, self.clock = unit, student, record, ctx, recipe, clock
         self.weights: list[SoftWeight] = []
-        self.taken, self.before, self.begun = 0, 0.0, time.monotonic()
+        self.taken = 0
 
     def __call__(self) -> dict[str, Tensor]:
         """The terms of the loss on a new batch."""
@@ -167,30 +165,22 @@ class _Lesson:
 
     def progress(self) -> float:
         """The share of the training that is over, by steps or by time, whichever is ahead."""
-        by_time = 0.0 if self.limit is None else self.seconds() / max(self.limit, 1e-9)
-        return min(1.0, max(self.taken / max(1, self.recipe.steps), by_time))
-
-    def seconds(self) -> float:
-        """So long it has taken, before a kill as well."""
-        return self.before + time.monotonic() - self.begun
+        return min(1.0, max(self.taken / max(1, self.recipe.steps), self.clock.share()))
 
     def count(self) -> None:
         """A step was taken."""
         self.taken += 1
 
-    def over(self) -> bool:
-        """Whether the time is up."""
-        return self.limit is not None and self.seconds() >= self.limit
-
     def state_dict(self) -> dict[str, object]:
         """Steps and time."""
-        return {"taken": self.taken, "seconds": self.seconds()}
+        return {"taken": self.taken, "seconds": self.clock.elapsed}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Take back what :meth:`state_dict` gave."""
         taken, seconds = state["taken"], state["seconds"]
         assert isinstance(taken, int) and isinstance(seconds, float)
-        self.taken, self.before, self.begun = taken, seconds, time.monotonic()
+        self.taken = taken
+        self.clock.resume(seconds)
 
 
 def _learn(lesson: _Lesson, parts: Mapping[str, SoftWeight | LearnedRange], name: str) -> list[float]:
@@ -210,7 +200,7 @@ def _learn(lesson: _Lesson, parts: Mapping[str, SoftWeight | LearnedRange], name
     schedule = LambdaLR(optimizer, [factor for _, _, factor in groups])
     with _in_place(student, parts):
         params = [each for group in groups for each in group[0]]
-        losses = fit(params, lesson, recipe.steps, optimizer, lesson.ctx, name, schedule, lambda _: lesson.over())
+        losses = fit(params, lesson, recipe.steps, optimizer, lesson.ctx, name, schedule, lesson.clock)
     for path, weight in weights.items():
         layer = student.get_submodule(path.removesuffix(_WEIGHT))
         assign(layer, *weight.hard(), weight_quantizer(layer).zero)

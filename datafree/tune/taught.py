@@ -1,18 +1,17 @@
 """What the methods share that train a student on inputs they make: budgets, the fields these fill in, and the order of events."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from torch import nn
 
-from datafree.bits.allocate import make_plan
+from datafree.bits.allocate import make_plan, own_range
 from datafree.context import Ctx
 from datafree.fit import Clock, duration
-from datafree.graph.flow import Layer, read
+from datafree.graph.flow import read
 from datafree.method import Method, find_method, option
-from datafree.plan import QSpec, Target
+from datafree.plan import Target
 from datafree.quant.insert import insert
 from datafree.synth.generator import Conditional
 from datafree.synth.generator import Recipe as Generation
@@ -82,6 +81,11 @@ def kmdfq_setting(large: bool) -> Setting:
     return replace(published, warm_up=warm_up, steps=80000 - warm_up)
 
 
+def closed_student(teacher: nn.Module, task: Task, target: Target, ctx: Ctx) -> nn.Module:
+    """The student of ``anchor``, where training may begin; whoever keeps pictures is not shown its own."""
+    return find_method("anchor")().run(teacher, task, target, replace(ctx, on_pictures=None))
+
+
 def is_large(task: Task) -> bool:
     """Whether inputs are of the size of ImageNet's, for which papers have settings of their own."""
     return max(task.shape[1:], default=0) >= _LARGE
@@ -146,20 +150,16 @@ class Trained(Method):
         self, teacher: nn.Module, task: Task, target: Target, ctx: Ctx, prepare: Prepare, steps: int, recipe: Distillation
     ) -> nn.Module:
         """Make the student, then the source, then train the one on the other, all within ``max_seconds``."""
-        begun = time.monotonic()
-
-        def left() -> float | None:
-            return None if self.max_seconds is None else max(0.0, self.max_seconds - (time.monotonic() - begun))
-
+        clock = Clock(self.max_seconds)
         if self.start == "anchor":
-            student = find_method("anchor")().run(teacher, task, target, replace(ctx, on_pictures=None))
+            student = closed_student(teacher, task, target, ctx)
         else:
-            student = insert(teacher, make_plan(read(teacher, task, ctx), teacher, target, _spec, ctx))  # weights are min-max ranged
-        source = prepare(student, left())
+            student = insert(teacher, make_plan(read(teacher, task, ctx), teacher, target, own_range, ctx))  # weights are min-max ranged
+        source = prepare(student, clock.rest())
         backend: Backend | None = "inductor" if self.compile and ctx.device.type == "cuda" else None
         if self.compile and backend is None:
             ctx.note("nothing is compiled on a CPU, where it does not pay")
-        distill(teacher, student, task, source, steps, ctx, replace(recipe, max_seconds=left(), compile=backend))
+        distill(teacher, student, task, source, steps, ctx, replace(recipe, max_seconds=clock.rest(), compile=backend))
         if ctx.on_pictures is not None:
             inputs = source.batch.inputs if isinstance(source, Pool) else source.sample(_SHOWN).inputs
             ctx.on_pictures(inputs[:_SHOWN])
@@ -215,7 +215,3 @@ def _shortened(budget: Budget, large: bool) -> Setting:
     if budget == "fast":
         return Setting(steps=400, batch=few, rate=1e-3, warm_up=200, picture_steps=150, pictures=256)
     return Setting(steps=5000, batch=few, rate=1e-3, warm_up=1000, generator_rate=1e-3, generator="full", picture_steps=500, pictures=1024)
-
-
-def _spec(layer: Layer, bits: int) -> QSpec:
-    return QSpec(bits, symmetric=False, axis=layer.out_axis)

@@ -19,7 +19,7 @@ from datafree.task import Task
 from datafree.tune import taught
 from datafree.tune.distill import Recipe as Distillation
 from datafree.zoo.digits import digits
-from networks import build
+from networks import build, same
 
 MODEL, TASK = digits()
 TARGET = Target(3, 3, protocol="paper")
@@ -35,10 +35,6 @@ def method(name: str = "acq", **fields: object) -> Method:
 def quantized(name: str = "acq", network: str = "", **fields: object) -> nn.Module:
     model, task = build(network) if network else (MODEL, TASK)
     return method(name, **fields).run(model, task, TARGET, Ctx.create(0))
-
-
-def same(one: nn.Module, other: nn.Module) -> bool:
-    return all(torch.equal(each, other.state_dict()[name]) for name, each in one.state_dict().items())
 
 
 def settings(name: str = "acq", model: nn.Module = MODEL, task: Task = TASK, **fields: object) -> tuple[Recipe, Distillation, list[Event]]:

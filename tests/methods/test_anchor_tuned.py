@@ -14,7 +14,7 @@ from datafree.quant.insert import latent_weight, quantized_layers, quantizers, w
 from datafree.synth.prior import pictures
 from datafree.tune.terms import mse
 from datafree.zoo.digits import digits
-from networks import build
+from networks import build, same
 
 MODEL, TASK = digits()
 TARGET = Target(2, 2, protocol="paper")
@@ -25,10 +25,6 @@ QUICK = {"steps": 3, "batch": 8, "pictures": 8, "picture_steps": 2, "warm_up": 2
 @functools.cache
 def quantized(**fields: object) -> nn.Module:
     return datafree.methods()["anchor-tuned"](**QUICK | fields).run(MODEL, TASK, TARGET, Ctx.create(0))
-
-
-def same(one: nn.Module, other: nn.Module) -> bool:
-    return all(torch.equal(each, other.state_dict()[name]) for name, each in one.state_dict().items())
 
 
 def test_training_comes_nearer_to_the_network_on_pictures_it_has_not_seen() -> None:

@@ -22,6 +22,7 @@ from datafree.synth.prior import pictures
 from datafree.tune import distill as training
 from datafree.tune import taught
 from datafree.zoo.digits import digits
+from networks import same
 
 MODEL, TASK = digits()
 TARGET = Target(3, 3, protocol="paper")
@@ -35,10 +36,6 @@ def method(**fields: object) -> Method:
 @functools.cache
 def quantized(**fields: object) -> nn.Module:
     return method(**fields).run(MODEL, TASK, TARGET, Ctx.create(0))
-
-
-def same(one: nn.Module, other: nn.Module) -> bool:
-    return all(torch.equal(each, other.state_dict()[name]) for name, each in one.state_dict().items())
 
 
 def settings(large: bool = False, **fields: object) -> tuple[object, training.Recipe]:

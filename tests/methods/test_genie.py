@@ -20,7 +20,7 @@ from datafree.quant.ranges import mse
 from datafree.synth.prior import pictures
 from datafree.synth.source import Prior, Source
 from datafree.tune.reconstruct import Recipe
-from networks import build
+from networks import build, same
 
 TARGET = Target(3, 3, protocol="paper")
 QUICK = {"pictures": 12, "picture_steps": 3, "picture_batch": 8, "steps": 3, "batch": 8, "budget": "smoke"}
@@ -33,10 +33,6 @@ def method(**fields: object) -> Method:
 @functools.cache
 def quantized(target: Target = TARGET, **fields: object) -> nn.Module:
     return method(**fields).run(*build("cifar_resnet"), target, Ctx.create(0))
-
-
-def same(one: nn.Module, other: nn.Module) -> bool:
-    return all(torch.equal(each, other.state_dict()[name]) for name, each in one.state_dict().items())
 
 
 def test_learning_comes_nearer_to_the_network_on_pictures_it_has_not_seen() -> None:
@@ -128,29 +124,6 @@ def test_the_time_is_kept_and_told() -> None:
     assert isinstance(run["seconds"], float) and run["seconds"] < 12
     notes = run["notes"]
     assert isinstance(notes, list) and [note.split(":")[0] for note in notes] == ["pictures", "reconstruct"]
-
-
-def test_batches_of_pictures_share_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr(module_under_test.time, "monotonic", lambda: now[0])
-    notes: list[str] = []
-    stop = module_under_test._in_turn(12.0, 3, Ctx.create(0, on_event=lambda event: notes.append(event.message)))
-    found = []
-    for at, losses in (
-        (0, []),
-        (3.9, [1.0]),
-        (4, [1.0] * 2),
-        (4, []),
-        (7.9, [1.0]),
-        (8, [1.0] * 5),
-        (11, []),
-        (11.9, [1.0]),
-        (12, [1.0] * 2),
-    ):
-        now[0] = at
-        found.append(stop(losses))
-    assert found == [False, False, True] * 3
-    assert len(notes) == 1 and "12 s is over, the first of them after 2 steps" in notes[0]
 
 
 @pytest.mark.parametrize("family", ("latent", "pink"))

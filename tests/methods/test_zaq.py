@@ -19,7 +19,7 @@ from datafree.tune import distill as training
 from datafree.tune import taught
 from datafree.tune.features import captured, find_ends, relations
 from datafree.zoo.digits import digits
-from networks import build
+from networks import build, same
 
 MODEL, TASK = digits()
 TARGET = Target(3, 3, protocol="paper")
@@ -33,10 +33,6 @@ def method(**fields: object) -> Method:
 @functools.cache
 def quantized(**fields: object) -> nn.Module:
     return method(**fields).run(MODEL, TASK, TARGET, Ctx.create(0))
-
-
-def same(one: nn.Module, other: nn.Module) -> bool:
-    return all(torch.equal(each, other.state_dict()[name]) for name, each in one.state_dict().items())
 
 
 def damaged() -> nn.Module:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from datafree import fit as loop
 from datafree.context import Ctx, Event
 from datafree.errors import NetworkError
-from datafree.synth import noise as module_under_test
 from datafree.synth.noise import Pixels, Recipe, augmented, source_of
 from datafree.synth.prior import pictures
 from datafree.synth.terms import entering
@@ -115,7 +114,7 @@ def test_views_by_chance() -> None:
 
 def test_time_is_shared_by_the_batches_of_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(100_000))
-    monkeypatch.setattr(module_under_test.time, "monotonic", lambda: next(clock) / 4)
+    monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock) / 4)
     events: list[Event] = []
     source = Pixels(*digits(), Ctx.create(0, on_event=events.append), Recipe(steps=500, batch=4, max_seconds=20.0))
     assert torch.isfinite(source.sample(12).inputs).all()

@@ -30,6 +30,7 @@ from datafree.tune import distill as module_under_test
 from datafree.tune.distill import Recipe, distill
 from datafree.tune.features import attention
 from datafree.zoo.digits import digits
+from networks import same
 
 MODEL, TASK = digits()
 STEPS = 6
@@ -58,10 +59,6 @@ def trained(recipe: Recipe = QUICK, steps: int = STEPS, ctx: Ctx | None = None, 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
     return {name: each.clone() for name, each in model.state_dict().items()}
-
-
-def same(one: nn.Module, other: nn.Module) -> bool:
-    return all(torch.equal(each, other.state_dict()[name]) for name, each in one.state_dict().items())
 
 
 def labelled(n: int = 64) -> Pool:

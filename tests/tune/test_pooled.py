@@ -20,6 +20,7 @@ from datafree.tune import pooled as module_under_test
 from datafree.tune import taught
 from datafree.tune.distill import Recipe
 from datafree.zoo.digits import digits
+from networks import same
 
 MODEL, TASK = digits()
 TARGET = Target(3, 3, protocol="paper")
@@ -49,10 +50,6 @@ def test_training_comes_nearer_to_the_network_on_pictures_it_has_not_seen(name: 
     before, after = (method(name, **fields | {"steps": steps}).run(MODEL, TASK, target, Ctx.create(0)) for steps in (0, 20))
     unseen = pictures("mix", 64, TASK, torch.Generator().manual_seed(9))
     assert divergence(MODEL, after, TASK, unseen) < 0.9 * divergence(MODEL, before, TASK, unseen)
-
-
-def same(one: nn.Module, other: nn.Module) -> bool:
-    return all(torch.equal(each, other.state_dict()[name]) for name, each in one.state_dict().items())
 
 
 FIELDS = (

@@ -24,9 +24,8 @@ from datafree.quant.insert import codes_of, insert, latent_weight, quantized_lay
 from datafree.quant.observe import observe
 from datafree.synth.prior import pictures
 from datafree.task import Task
-from datafree.tune import reconstruct as module_under_test
 from datafree.tune.reconstruct import Recipe, reconstruct
-from networks import build
+from networks import build, same
 
 QUICK = Recipe(steps=4, batch=8, rate=0.1, scale_rate=1e-3, range_rate=1e-3, rounding=0.1)
 
@@ -56,10 +55,6 @@ def trained(recipe: Recipe = QUICK, network: str = "cifar_resnet", ctx: Ctx | No
 @functools.cache
 def plain() -> nn.Module:
     return trained()
-
-
-def same(one: nn.Module, other: nn.Module) -> bool:
-    return all(torch.equal(each, other.state_dict()[name]) for name, each in one.state_dict().items())
 
 
 def test_a_student_comes_nearer_to_its_teacher_on_inputs_it_has_not_seen() -> None:
@@ -185,7 +180,7 @@ def test_killed_it_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.
 
 def test_time_is_shared_by_the_units_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()
-    monkeypatch.setattr(module_under_test.time, "monotonic", lambda: next(ticks) / 10)
+    monkeypatch.setattr(loop.time, "monotonic", lambda: next(ticks) / 10)
     notes: list[str] = []
     ctx = Ctx.create(0, on_event=lambda event: notes.append(event.message) if event.name == "note" else None)
     model, task = build("cifar_resnet")
