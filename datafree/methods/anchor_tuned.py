@@ -21,9 +21,8 @@ from datafree.tune.distill import Recipe, distill
 from datafree.tune.taught import closed_student, is_large
 
 Budget = Literal["smoke", "fast", "standard"]
-Origin = Literal["procedural", "distilled", "mixed"]
+Origin = Literal["procedural", "distilled", "both", "mixed"]
 
-_BATCH, _PAINTED = 64, 128  # small pictures of a step, and optimised together; of large ones a quarter
 _FEWER = 16  # such a part of the pool there is where pictures are large
 _SHIFT = 16  # such a part of the sides a picture is shifted at most
 
@@ -32,15 +31,18 @@ _SHIFT = 16  # such a part of the sides a picture is shifted at most
 class _Setting:
     """What a budget says: steps of the student; how many pictures are optimised, and by how many steps; steps of the generator alone.
 
-    And by the size of the inputs, pictures of a step, and those optimised together.
+    And by the size of the inputs: pictures of a step, those optimised together, the rates of weights and of norms, the pictures.
     """
 
     steps: int
     pictures: int
     picture_steps: int
     warm_up: int
-    batch: int = _BATCH
-    painted: int = _PAINTED
+    batch: int = 64
+    painted: int = 128
+    rate: float = 3e-3
+    norm_rate: float = 1e-2
+    source: Origin = "distilled"
 
 
 @method("anchor-tuned")
@@ -50,10 +52,11 @@ class AnchorTuned(Method):
     The pictures begin as leaves and pink noise, and follow the gradient until a batch of them has the statistics that the norms have
     stored; of no class, since pictures of classes look like nothing that the network knows. Each step mirrors and shifts some of them. As
     in the closed form, they pass the network as if they were its data: what enters a batch norm is brought to the stored statistics, and
-    the student's norms are helped just as much, so that whatever else it does stays to be learned. Weights, biases and the affine parts
-    of norms follow the squared distance of the logits; the grids stay where the closed form has put them, and gradients pass through the
-    rounding of all values but clipped ones. The pictures may be procedural instead, new in every step, or a third of each kind and of a
-    generator's that learns along.
+    the student's norms are helped just as much, so that whatever else it does stays to be learned. Weights follow the squared distance of
+    the logits, biases and the affine parts of norms too, at a higher rate; the grids stay where the closed form has put them, and gradients
+    pass through the rounding of all values but clipped ones. The pictures may be procedural instead, new in every step, half of each kind,
+    or a third of each and of a generator's that learns along. Of large pictures, of which there are few, half are procedural, and weights
+    stay.
 
     A network without batch norms has nothing that pictures could be anchored to: its student is that of ``anchor``, and a note says so.
     """
@@ -61,10 +64,11 @@ class AnchorTuned(Method):
     shares_work = True
 
     budget: Budget = option("fast", "fills in what is None: for half a minute, some minutes or an hour on a small network")
-    source: Origin = option("distilled", "the pictures: optimised, leaves and pink noise, or a third each of both and a generator's")
+    source: Origin | None = option(None, "the pictures: leaves and pink noise, optimised, both, or both and a generator's (mixed)")
     steps: int | None = option(None, "of the student", at_least=0)
     batch: int | None = option(None, "pictures of a step; None: 64, or 16 large ones", at_least=2)
-    rate: float = option(3e-3, "learning rate of SGD, along one cycle", at_least=0)
+    rate: float | None = option(None, "learning rate of weights (SGD, along one cycle)", at_least=0)
+    norm_rate: float | None = option(None, "that of biases and the affine parts of norms", at_least=0)
     pictures: int | None = option(None, "how many pictures are optimised, where any are", at_least=1)
     picture_steps: int | None = option(None, "steps in which each batch of them is optimised", at_least=1)
     warm_up: int | None = option(None, "steps of the generator alone, where there is one", at_least=0)
@@ -81,7 +85,14 @@ class AnchorTuned(Method):
         source = self._source(teacher, student, task, setting, clock.rest(), ctx)
         roll = max(task.shape[1:], default=0) // _SHIFT
         recipe = Recipe(
-            batch=setting.batch, rate=self.rate, weight_range="stay", act_range="stay", flip=True, roll=roll, max_seconds=clock.rest()
+            batch=setting.batch,
+            rate=setting.rate,
+            norm_rate=setting.norm_rate,
+            weight_range="stay",
+            act_range="stay",
+            flip=True,
+            roll=roll,
+            max_seconds=clock.rest(),
         )
         with anchored_alike(teacher, student):
             distill(teacher, student, task, source, setting.steps, ctx, recipe)
@@ -94,16 +105,17 @@ class AnchorTuned(Method):
         budgets = {"smoke": _Setting(20, 64, 20, 20), "fast": _Setting(300, 1024, 40, 150), "standard": _Setting(5000, 4096, 200, 1000)}
         setting = budgets[self.budget]
         if large:
-            setting = replace(setting, pictures=setting.pictures // _FEWER, batch=_BATCH // 4, painted=_PAINTED // 4)
+            few = setting.pictures // _FEWER
+            setting = replace(setting, pictures=few, batch=16, painted=32, rate=0.0, norm_rate=3e-2, source="both")
         given = {each.name: getattr(self, each.name, None) for each in fields(_Setting)}
         return replace(setting, **{name: value for name, value in given.items() if value is not None})
 
     def _source(self, teacher: nn.Module, student: nn.Module, task: Task, setting: _Setting, seconds: float | None, ctx: Ctx) -> Source:
         """``seconds``: what is left, of which pictures get a half and the generator alone a tenth."""
         sources: list[Source] = []
-        if self.source != "distilled":
+        if setting.source != "distilled":
             sources.append(Prior("mix", task, ctx.generator))
-        if self.source != "procedural":
+        if setting.source != "procedural":
             painting = Painting(
                 steps=setting.picture_steps,
                 rate=0.1,
@@ -115,7 +127,7 @@ class AnchorTuned(Method):
                 max_seconds=None if seconds is None else seconds / 2,
             )
             sources.append(Pool(Pixels(teacher, task, ctx, painting).sample(max(setting.pictures, setting.batch)), ctx.generator))
-        if self.source == "mixed":
+        if setting.source == "mixed":
             generator = Conditional(teacher, task, ctx, Generation(batch=setting.batch, rate=2e-3, widths=(64, 32)))
             generator.learn(setting.warm_up, student, Clock(None if seconds is None else seconds / 10))
             sources.append(generator)

@@ -48,6 +48,7 @@ class Recipe:
     Args:
         batch: inputs of a step.
         rate: learning rate of SGD with Nesterov momentum 0.9.
+        norm_rate: that of biases and the affine parts of norms; None: ``rate``.
         falling: along a cosine, after a rise over the first third (``one-cycle``) or from the start, or tenfold at each of ``milestones``.
         milestones: shares of all steps.
         weight_decay: of all parameters.
@@ -85,6 +86,7 @@ class Recipe:
 
     batch: int = 64
     rate: float = 5e-3
+    norm_rate: float | None = None
     falling: Falling = "one-cycle"
     milestones: tuple[float, ...] = (0.25, 0.5, 0.75)
     weight_decay: float = 1e-4
@@ -136,7 +138,7 @@ def distill(
     lesson = _Lesson(teacher, student, task, source, steps, ctx, recipe)  # its clock runs from here
     _set_ranges(student, task, lesson.source, recipe)
     params, held = lesson.params, lesson.held
-    optimizer = torch.optim.SGD(params, recipe.rate, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.SGD(_groups(params, recipe), momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay)
     optimizer.register_step_pre_hook(lambda *_: _check_gradient(params, recipe.clip, lesson.taken + 1))
     optimizer.register_step_post_hook(lambda *_: lesson.count())
     schedule = LambdaLR(optimizer, lambda _: _factor(lesson.progress(), recipe))
@@ -319,6 +321,13 @@ def _follow(student: nn.Module, recipe: Recipe) -> None:
     for layer in quantized_layers(student).values() if recipe.weight_range == "follow" else ():
         quantizer = weight_quantizer(layer)
         quantizer.set(*minmax(latent_weight(layer), quantizer.spec))
+
+
+def _groups(params: list[nn.Parameter], recipe: Recipe) -> list[dict[str, object]]:
+    """Weights, and what has one dimension: biases and the affine parts of norms; each with its rate."""
+    weights, others = ([each for each in params if (each.dim() > 1) == several] for several in (True, False))
+    rates = recipe.rate, recipe.rate if recipe.norm_rate is None else recipe.norm_rate
+    return [{"params": each, "lr": rate} for each, rate in zip((weights, others), rates, strict=True) if each]
 
 
 def _check_gradient(params: list[nn.Parameter], clip: float | None, step: int) -> None:

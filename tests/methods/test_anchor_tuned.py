@@ -50,10 +50,33 @@ def test_weights_move_and_grids_stay() -> None:
 
 @few_pictures
 @pytest.mark.parametrize(
-    "fields", ({"source": "procedural"}, {"source": "mixed"}, {"steps": 2}, {"batch": 9}, {"rate": 1e-2}, {"budget": "fast"}), ids=str
+    "fields",
+    (
+        {"source": "procedural"},
+        {"source": "mixed"},
+        {"steps": 2},
+        {"batch": 9},
+        {"rate": 1e-2},
+        {"norm_rate": 3e-2},
+        {"budget": "fast"},
+        {"source": "both"},
+    ),
+    ids=str,
 )
 def test_every_choice_counts(fields: dict[str, object]) -> None:
     assert same(quantized(), quantized(**fields)) == ("budget" in fields), "all that the budget fills in is given"
+
+
+@few_pictures
+def test_at_a_rate_of_nothing_weights_stay_while_norms_and_biases_learn() -> None:
+    closed, trained = quantized(steps=0), quantized(rate=0.0)
+    moved = {name for name, each in trained.named_parameters() if not torch.equal(each, closed.get_parameter(name))}
+    assert moved and moved == {name for name, each in closed.named_parameters() if each.dim() == 1}
+
+
+def test_large_pictures_leave_the_weights_alone() -> None:
+    small, large = (datafree.methods()["anchor-tuned"](budget="fast")._setting(each) for each in (False, True))
+    assert small.rate > 0 == large.rate and small.source == "distilled" and large.source == "both" and large.pictures < small.pictures
 
 
 @few_pictures
