@@ -126,10 +126,7 @@ def attention(t: Tensor, s: Tensor) -> Tensor:
 
 
 def relations(t: Tensor, s: Tensor) -> Tensor:
-    """ZAQ's (CVPR 2021): mean absolute difference of maps in which positions, then of maps in which channels, join related ones.
-
-    Memory grows with the square of the positions: published for pictures of 32 pixels.
-    """
+    """ZAQ's (CVPR 2021): mean absolute difference of maps in which positions, then of maps in which channels, join related ones."""
     one, other = (F.normalize(each.float()).flatten(2) for each in (t, s))
     return F.l1_loss(_by_position(other), _by_position(one)) + F.l1_loss(_by_channel(other), _by_channel(one))
 
@@ -151,8 +148,9 @@ def _divergence(t: Tensor, s: Tensor, temperature: float) -> Tensor:
 
 def _by_position(f: Tensor) -> Tensor:
     """f: (n, channels, positions)."""
-    alike = (f.transpose(1, 2) @ f).softmax(2)
-    return f + _RELATED * (f @ alike.transpose(1, 2))
+    x = f.transpose(1, 2).unsqueeze(1).contiguous()
+    alike = F.scaled_dot_product_attention(x, x, x, scale=1.0)  # never holds the similarities of all pairs at once
+    return f + _RELATED * alike.squeeze(1).transpose(1, 2)
 
 
 def _by_channel(f: Tensor) -> Tensor:

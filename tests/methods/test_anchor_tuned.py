@@ -30,7 +30,7 @@ def quantized(**fields: object) -> nn.Module:
 def test_training_comes_nearer_to_the_network_on_pictures_it_has_not_seen() -> None:
     unseen, lost = pictures("leaves", 64, TASK, torch.Generator().manual_seed(9)), []
     for steps in (0, 40):
-        chosen = datafree.methods()["anchor-tuned"](steps=steps, batch=32, pictures=128, picture_steps=30)
+        chosen = datafree.methods()["anchor-tuned"](steps=steps, batch=32, norm_rate=3e-3, pictures=128, picture_steps=30)
         student = chosen.run(MODEL, TASK, Target(3, 3, protocol="paper"), Ctx.create(0))
         with torch.no_grad(), anchored_alike(MODEL, student):
             lost.append(float(mse(MODEL(unseen), student(unseen))))
