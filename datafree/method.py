@@ -66,9 +66,18 @@ def _fits(value: object, kind: object) -> bool:
     return isinstance(value, plain)
 
 
-def _expected(kind: object, bounds: str) -> str:
+def choices(kind: object) -> tuple[object, ...] | None:
+    """What a field of the type ``kind`` may be, None among it where it is optional; None where that cannot be listed."""
     if get_origin(kind) is Literal:
-        return f"choose from {', '.join(map(str, get_args(kind)))}"
+        return get_args(kind)
+    parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else ()
+    listed = [(None,) if part is NoneType else choices(part) for part in parts]
+    return tuple(each for part in listed for each in part or ()) if any(parts) and all(listed) else None
+
+
+def _expected(kind: object, bounds: str) -> str:
+    if listed := choices(kind):
+        return f"choose from {', '.join(map(str, listed))}"
     names: dict[object, str] = {bool: "True or False", int: "a whole number", float: "a finite number", NoneType: "None"}
     parts: tuple[object, ...] = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     told = " or ".join(names.get(part) or str(getattr(part, "__name__", part)) for part in parts)

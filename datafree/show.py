@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from inspect import cleandoc, getmodule
-from typing import Literal, get_args, get_origin
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -19,7 +18,7 @@ from datafree.context import Event
 from datafree.graph.chains import pairs, roles
 from datafree.graph.flow import Flow
 from datafree.measure.accuracy import Accuracy, Comparison
-from datafree.method import Method
+from datafree.method import Method, choices
 from datafree.report.content import estimate_text
 
 NOTE_LENGTH = 300  # a note may name every layer of the network: run.json holds it in full
@@ -117,7 +116,7 @@ def method_report(name: str, method: type[Method]) -> dict[str, object]:
             "name": each.name,
             "type": _type_name(each.type),
             "default": each.default,
-            "choices": _choices(each.type),
+            "choices": choices(each.type),
             "help": each.metadata["help"],
         }
         for each in fields(method)  # type: ignore[arg-type]
@@ -139,8 +138,8 @@ def show_method(console: Console, name: str, method: type[Method]) -> None:
     console.print("\n\n".join(" ".join(each.split()) for each in paragraphs))
     options = _table("field", "default", "what it does")
     for each in fields(method):  # type: ignore[arg-type]
-        choices = _choices(each.type)
-        options.add_row(each.name, str(each.default), each.metadata["help"] + (f" [{', '.join(map(str, choices))}]" if choices else ""))
+        listed = choices(each.type)
+        options.add_row(each.name, str(each.default), each.metadata["help"] + (f" [{', '.join(map(str, listed))}]" if listed else ""))
     console.print(options)
 
 
@@ -286,12 +285,8 @@ def _source(method: type[Method]) -> str:
     return _first_line(module.__doc__ if module else None)
 
 
-def _choices(kind: object) -> list[object] | None:
-    return list(get_args(kind)) if get_origin(kind) is Literal else None
-
-
 def _type_name(kind: object) -> str:
-    return "choice" if _choices(kind) else kind.__name__ if isinstance(kind, type) else str(kind)
+    return "choice" if choices(kind) else kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 def _widths(result: Result) -> str:

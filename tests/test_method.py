@@ -55,6 +55,7 @@ def made(**values: object) -> Method:
     @method("every")
     class Every(Method):
         mode: Literal["fast", "good"] = option("fast", "how")
+        shape: Literal["flat", "steep"] | None = option(None, "form")
         steps: int = option(10, "how many", at_least=1)
         rate: float = option(0.5, "how quick", at_least=0, at_most=1)
         most: float = option(0.0, "a power of ten", at_most=3)
@@ -74,6 +75,7 @@ def made(**values: object) -> Method:
     [
         ("mode", "best", "choose from fast, good"),
         ("mode", ["fast"], "choose from fast, good"),
+        ("shape", "round", "choose from flat, steep, None"),
         ("steps", 0, "expected a whole number, at least 1"),
         ("steps", 2.0, "expected a whole number, at least 1"),
         ("steps", True, "expected a whole number, at least 1"),
