@@ -32,31 +32,52 @@ def anchored(model: nn.Module) -> Iterator[None]:
 def anchored_alike(teacher: nn.Module, student: nn.Module) -> Iterator[None]:
     """Batch norms of ``teacher`` find their stored statistics in every batch, and those of ``student`` are helped just as much.
 
-    What enters a norm is scaled and shifted channel by channel, as much as brings the batch to the mean and variance that the teacher's
-    norm has stored; the student's norm of the same name gets the same scale and shift. So inputs unlike the network's data pass both as
-    if they were like them, and what the student does otherwise than the teacher stays. Run the teacher on each batch before the student.
-    Norms that the student lacks are the teacher's alone.
+    What enters a norm counts as scaled and shifted channel by channel, as much as brings the batch to the mean and variance that the
+    teacher's norm has stored; the student's norm of the same name gets the same scale and shift. So inputs unlike the network's data pass
+    both as if they were like them, and what the student does otherwise than the teacher stays. Run the teacher on each batch before the
+    student. Norms that the student lacks are the teacher's alone. No value is moved: a norm has other statistics stored while it runs.
     """
-    moves: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    moves: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
     others = {name: module for name, module in student.named_modules() if isinstance(module, _BatchNorm)}
+    stored = {
+        module: (module.running_mean, module.running_var)
+        for model in (teacher, student)
+        for module in model.modules()
+        if isinstance(module, _BatchNorm)
+    }
 
     def forget(module: nn.Module, args: object) -> None:
         moves.clear()
 
     def bring(norm: _BatchNorm, name: str) -> "torch.utils.hooks.RemovableHandle":
-        def look(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            moves.setdefault(name, []).append(_move(norm, args[0]))
-            return _moved(args, moves[name][-1])
+        def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            mean, variance = stored[norm]
+            assert mean is not None and variance is not None
+            at, found = norm.running_mean, norm.running_var = batch_moments(args[0])
+            moves.setdefault(name, []).append((mean, at, ((found + norm.eps) / (variance + norm.eps)).sqrt()))
 
         return norm.register_forward_pre_hook(look)
 
     def follow(norm: _BatchNorm, name: str) -> "torch.utils.hooks.RemovableHandle":
-        return norm.register_forward_pre_hook(lambda module, args: _moved(args, moves[name].pop(0)))
+        def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            mean, at, width = moves[name].pop(0)
+            own_mean, own_variance = stored[norm]
+            assert own_mean is not None and own_variance is not None
+            norm.running_mean = at + (own_mean - mean) * width
+            norm.running_var = (own_variance + norm.eps) * width.square() - norm.eps
+
+        return norm.register_forward_pre_hook(look)
+
+    def restore(norm: nn.Module, *_: object) -> None:
+        assert isinstance(norm, _BatchNorm)
+        norm.running_mean, norm.running_var = stored[norm]
 
     handles = [teacher.register_forward_pre_hook(forget)]
     for name, norm in teacher.named_modules():
         if isinstance(norm, _BatchNorm) and norm.running_mean is not None:
-            handles += [bring(norm, name), *([follow(others[name], name)] if name in others else [])]
+            handles += [bring(norm, name), norm.register_forward_hook(restore, always_call=True)]
+            if name in others:
+                handles += [follow(others[name], name), others[name].register_forward_hook(restore, always_call=True)]
     try:
         yield
     finally:
@@ -65,20 +86,11 @@ def anchored_alike(teacher: nn.Module, student: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _move(norm: _BatchNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and shift, (channels, 1, ...), that bring ``x`` (n, channels, ...) to the statistics of ``norm``."""
-    mean, variance = norm.running_mean, norm.running_var
-    assert mean is not None and variance is not None
-    axes = [axis for axis in range(x.dim()) if axis != 1]
-    found, at = torch.var_mean(x.float(), axes, correction=0)
-    scale = ((variance + norm.eps) / (found + norm.eps)).sqrt()
-    shape = (-1, *(1,) * (x.dim() - 2))
-    return scale.view(shape), (mean - at * scale).view(shape)
-
-
-def _moved(args: tuple[Tensor, ...], move: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    scale, shift = move
-    return (torch.addcmul(shift, args[0], scale), *args[1:])
+def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel of ``x`` (n, channels, *sizes), float32: as ``torch.var_mean``, in a quarter of its time."""
+    inputs = x.float().flatten(2) if x.dim() > 2 else x.float()[..., None]
+    mean = inputs.mean(2).mean(0)
+    return mean, torch.linalg.vector_norm(inputs - mean[:, None], dim=2).square().mean(0) / inputs.shape[2]
 
 
 def channels_last(model: nn.Module, inputs: Tensor) -> Tensor:

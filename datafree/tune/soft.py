@@ -118,13 +118,14 @@ class _LearnedStep(torch.autograd.Function):
     def forward(ctx, x: Tensor, scale: Tensor, zero: Tensor, levels: tuple[int, int]) -> Tensor:  # type: ignore[no-untyped-def]
         steps = x.float() / scale
         nearest = steps.round() + zero
-        codes = nearest.clamp(*levels).sub_(zero)
-        kept = codes + zero == nearest
-        ctx.save_for_backward(kept, torch.where(kept, codes - steps, codes))
+        codes = nearest.clamp(*levels)
+        kept = nearest.eq_(codes)  # a factor of 0 or 1: a mask of booleans takes several times as long
+        codes.sub_(zero)
+        ctx.save_for_backward(kept, torch.addcmul(codes, kept, steps, value=-1))
         ctx.shape = scale.shape
         return (codes * scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx, slope: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         kept, gain = ctx.saved_tensors
-        return torch.where(kept, slope, 0.0), (slope * gain).sum_to_size(ctx.shape), None, None
+        return (slope * kept).to(slope.dtype), (slope * gain).sum_to_size(ctx.shape), None, None

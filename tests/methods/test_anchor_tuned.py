@@ -11,7 +11,8 @@ from datafree import Target
 from datafree.context import Ctx
 from datafree.graph.taps import anchored_alike
 from datafree.quant.insert import latent_weight, quantized_layers, quantizers, weight_quantizer
-from datafree.synth.prior import pictures
+from datafree.synth.noise import Pixels
+from datafree.synth.noise import Recipe as Painting
 from datafree.tune.terms import mse
 from datafree.zoo.digits import digits
 from networks import build, same
@@ -28,13 +29,14 @@ def quantized(**fields: object) -> nn.Module:
 
 
 def test_training_comes_nearer_to_the_network_on_pictures_it_has_not_seen() -> None:
-    unseen, lost = pictures("leaves", 64, TASK, torch.Generator().manual_seed(9)), []
+    painting = Painting(steps=30, rate=0.1, falling="cosine", batch=128, start="mix", per_image=False, share="layer")
+    unseen, lost = Pixels(MODEL, TASK, Ctx.create(99), painting).sample(128).inputs, []
     for steps in (0, 40):
-        chosen = datafree.methods()["anchor-tuned"](steps=steps, batch=32, norm_rate=3e-3, pictures=128, picture_steps=30)
+        chosen = datafree.methods()["anchor-tuned"](steps=steps, batch=32, pictures=128, picture_steps=30)
         student = chosen.run(MODEL, TASK, Target(3, 3, protocol="paper"), Ctx.create(0))
         with torch.no_grad(), anchored_alike(MODEL, student):
             lost.append(float(mse(MODEL(unseen), student(unseen))))
-    assert lost[1] < 0.95 * lost[0]
+    assert lost[1] < 0.9 * lost[0]
 
 
 @few_pictures
