@@ -4,7 +4,8 @@
 measure: they are opened after quantization. Data and weights are looked for in ``../shared/data`` or ``$DATAFREE_DATA``.
 
 A grid is ``{"networks": [...], "methods": {label: {"method": ..., "fields": {...}}}, "settings": {label: {...}}, "seeds": [...],
-"skip": [[method label, setting label], ...]}``; a setting holds the arguments of ``Target``, ``max_bytes`` perhaps by network.
+"skip": [[method label, setting label], ...], "unseen": N}``; a setting holds the arguments of ``Target``, ``max_bytes`` perhaps by
+network. With ``unseen`` the divergence from the network's answers is measured too, on so many pictures that no method has seen.
 """
 
 import argparse
@@ -14,6 +15,12 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from datafree.networks import Network as Float
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -21,14 +28,15 @@ RESULTS = HERE / "results"
 
 @dataclass(frozen=True)
 class Network:
-    """Where a network, its weights and its labelled data lie."""
+    """Where a network, its weights and its labelled data lie; an embedded one has both with it."""
 
     source: str
-    weights: str
-    data: str
+    weights: str = ""
+    data: str = ""
 
 
 NETWORKS = {
+    "digits": Network("digits"),
     "resnet20": Network("cifar_resnet.py:resnet20", "cifar10_resnet20.safetensors", "cifar10.npz"),
     "resnet56": Network("cifar_resnet.py:resnet56", "cifar10_resnet56.safetensors", "cifar10.npz"),
     "mobilenetv1_025": Network("mobilenet_v1.py:mobilenet_v1_025", "imagenet_mobilenetv1_025.safetensors", "imagenet_val_500.zip"),
@@ -55,10 +63,14 @@ def measure(job: dict[str, object]) -> dict[str, object]:
     from datafree.measure.accuracy import compare
     from datafree.measure.data import open_data
     from datafree.networks import load_network
+    from datafree.zoo.digits import held_out
 
     torch.set_num_threads(1)
     place = NETWORKS[str(job["network"])]
-    network = load_network(f"{HERE / 'zoo' / place.source}", data_root() / "weights" / place.weights)
+    if place.weights:
+        network = load_network(f"{HERE / 'zoo' / place.source}", data_root() / "weights" / place.weights)
+    else:
+        network = load_network(place.source)
     setting = dict(job["setting_fields"])
     if isinstance(setting.get("weight_bits"), list):
         setting["weight_bits"] = tuple(setting["weight_bits"])
@@ -68,7 +80,8 @@ def measure(job: dict[str, object]) -> dict[str, object]:
     before = peak_since(reset=True)
     result = datafree.quantize(network.model, network.task, method=method, target=datafree.Target(**setting), seed=int(job["seed"]))
     peak = peak_since(reset=False) - before
-    found = compare(network.model, result.student, network.task, open_data(data_root() / place.data, network.task))
+    data = open_data(data_root() / place.data, network.task) if place.data else held_out()
+    found = compare(network.model, result.student, network.task, data)
     return {
         **{key: job[key] for key in ("network", "label", "setting", "seed", "commit")},
         "run": {**result.run, "peak_memory_bytes": peak},
@@ -76,7 +89,22 @@ def measure(job: dict[str, object]) -> dict[str, object]:
         "float_top1": found.teacher.top1,
         "top1": found.student.top1,
         "paired": asdict(found.paired),
+        **({"divergence": on_pictures(network, result.student, job)} if job.get("unseen") else {}),
     }
+
+
+def on_pictures(network: "Float", student: "nn.Module", job: dict[str, object]) -> float:
+    """Divergence from the network's answers, in nats, on dead leaves of a seed of their own, anchored to the network."""
+    import torch
+
+    from datafree.closed.regress import divergence
+    from datafree.graph.taps import anchored_alike
+    from datafree.synth.prior import pictures
+
+    unseen = pictures("leaves", int(job["unseen"]), network.task, torch.Generator().manual_seed(1000 + int(job["seed"])))
+    with anchored_alike(network.model, student):
+        found = [divergence(network.model, student, network.task, part) for part in torch.split(unseen, 64)]
+    return sum(found) / len(found)
 
 
 def commit() -> str:
@@ -88,8 +116,9 @@ def commit() -> str:
 
 def jobs(grid: dict[str, object]) -> list[dict[str, object]]:
     skip = {tuple(each) for each in grid.get("skip", ())}
+    shared = {"unseen": grid.get("unseen", 0)}
     only = [
-        {"network": network, "label": label, "setting": setting, "seed": seed, "setting_fields": fields, "fields": {}, **method}
+        {"network": network, "label": label, "setting": setting, "seed": seed, "setting_fields": fields, "fields": {}, **shared, **method}
         for network in grid["networks"]
         for setting, fields in grid["settings"].items()
         for label, method in grid["methods"].items()

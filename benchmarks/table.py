@@ -32,10 +32,11 @@ marked ° were measured by other authors than the method's. Seconds are those of
 suspended for a while: they tell the order of magnitude. The closed forms need no training.
 """
 LEARNS = """\
-The embedded digits (360 held-out images) at W2A2 in protocol `paper`, budget `smoke`: the student as training finds it and leaves it. The
-divergence, in nats, is that from the network's answers to procedural pictures which no method has seen, anchored to the network
-(`benchmarks/learns.py`).
+The student as training finds it (`steps=0`: rounded, with its ranges set) and leaves it: top-1 on images that no method has read (digits:
+the 360 held out), and the divergence, in nats, from the network's answers to 256 dead leaves that no method has seen, anchored to the
+network (`benchmarks/grids/learns_*.json`).
 """
+UNTRAINED = "-untrained"  # ends the label of what is measured before its training
 EXPORTS = """\
 Each file ran in its runtime beside the student and beside the float network in the same runtime, taking turns (`benchmarks/export.py`;
 one input, threads, runtime and commit in each result file). Largest difference: of the answers, relative to the largest
@@ -129,7 +130,7 @@ def taught() -> str:
     published = json.loads((HERE / "published.json").read_text())["rows"]
     found: dict[str, dict[str, list[dict[str, object]]]] = defaultdict(lambda: defaultdict(list))
     for each in results():
-        if each["network"] == "resnet20" and each["setting"].removesuffix("-paper") in settings:
+        if each["network"] == "resnet20" and each["setting"].removesuffix("-paper") in settings and not each["label"].endswith(UNTRAINED):
             found[each["label"]][each["setting"].removesuffix("-paper")].append(each)
     closed = ("rtn", "squant", "anchor")
     trained = sorted(
@@ -149,17 +150,21 @@ def taught() -> str:
 
 def learns() -> str:
     """Students before and after their training, seed by seed."""
-    read = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("learns-*.json"))]
-    if not read:
-        return ""
-    lines = ["| method | top-1 on held-out digits, by seed | divergence on unseen pictures, by seed |", "|" + " --- |" * 3]
-    for each in read:
-        cells = (
-            ", ".join(f"{row['before'][what]:.{digits}f} -> {row['after'][what]:.{digits}f}" for row in each["rows"])
-            for what, digits in (("top1", 2), ("divergence", 3))
-        )
-        lines.append(f"| {each['method']} | {' | '.join(cells)} |")
-    return f"\n### Does training help?\n\n{LEARNS}\n" + "\n".join(lines) + "\n"
+    found: dict[tuple[object, ...], dict[object, dict[str, object]]] = defaultdict(dict)
+    for each in results():
+        if "divergence" in each:
+            found[each["network"], each["setting"], each["label"]][each["seed"]] = each
+    parts = []
+    for network, setting in sorted({each[:2] for each in found}):
+        lines = ["| method | top-1, by seed | divergence on unseen pictures, by seed |", "|" + " --- |" * 3]
+        for label in sorted(each[2] for each in found if each[:2] == (network, setting)):
+            before, after = found[network, setting, f"{label}{UNTRAINED}"], found[network, setting, label]
+            if seeds := sorted(after.keys() & before.keys()):
+                top1 = ", ".join(f"{before[seed]['top1']:.2f} -> {after[seed]['top1']:.2f}" for seed in seeds)
+                apart = ", ".join(f"{before[seed]['divergence']:.3f} -> {after[seed]['divergence']:.3f}" for seed in seeds)
+                lines.append(f"| {label} | {top1} | {apart} |")
+        parts.append(f"{network}, {setting}:\n\n" + "\n".join(lines) + "\n")
+    return f"\n### Does training help?\n\n{LEARNS}\n" + "\n".join(parts) if parts else ""
 
 
 def drop_of(found: list[dict[str, object]]) -> str:
