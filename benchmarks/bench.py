@@ -4,8 +4,9 @@
 measure: they are opened after quantization. Data and weights are looked for in ``../shared/data`` or ``$DATAFREE_DATA``.
 
 A grid is ``{"networks": [...], "methods": {label: {"method": ..., "fields": {...}}}, "settings": {label: {...}}, "seeds": [...],
-"skip": [[method label, setting label], ...], "unseen": N}``; a setting holds the arguments of ``Target``, ``max_bytes`` perhaps by
-network. With ``unseen`` the divergence from the network's answers is measured too, on so many pictures that no method has seen.
+"skip": [[method label, setting label], ...], "unseen": N, "untrained": true}``; a setting holds the arguments of ``Target``, ``max_bytes``
+perhaps by network. ``networks`` may be ``{network: [setting label, ...]}``. With ``unseen`` the divergence from the network's answers is
+measured too, on so many pictures that no method has seen; with ``untrained`` each method a second time, before its steps.
 """
 
 import argparse
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
+UNTRAINED = "-untrained"  # ends the label of what is measured before its training
 
 
 @dataclass(frozen=True)
@@ -117,15 +119,18 @@ def commit() -> str:
 def jobs(grid: dict[str, object]) -> list[dict[str, object]]:
     skip = {tuple(each) for each in grid.get("skip", ())}
     shared = {"unseen": grid.get("unseen", 0)}
-    only = [
+    methods = dict(grid["methods"])
+    if grid.get("untrained"):
+        methods |= {f"{label}{UNTRAINED}": {**each, "fields": {**each["fields"], "steps": 0}} for label, each in methods.items()}
+    networks = grid["networks"] if isinstance(grid["networks"], dict) else dict.fromkeys(grid["networks"], grid["settings"])
+    return [
         {"network": network, "label": label, "setting": setting, "seed": seed, "setting_fields": fields, "fields": {}, **shared, **method}
-        for network in grid["networks"]
+        for network, settings in networks.items()
         for setting, fields in grid["settings"].items()
-        for label, method in grid["methods"].items()
+        for label, method in methods.items()
         for seed in (grid["seeds"] if method.get("random") else [0])
-        if (label, setting) not in skip
+        if setting in settings and (label, setting) not in skip
     ]
-    return only
 
 
 def main() -> None:

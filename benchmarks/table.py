@@ -8,6 +8,8 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
+from bench import UNTRAINED
+
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "results.md"
 README = HERE.parent / "README.md"
@@ -34,9 +36,8 @@ suspended for a while: they tell the order of magnitude. The closed forms need n
 LEARNS = """\
 The student as training finds it (`steps=0`: rounded, with its ranges set) and leaves it: top-1 on images that no method has read (digits:
 the 360 held out), and the divergence, in nats, from the network's answers to 256 dead leaves that no method has seen, anchored to the
-network (`benchmarks/grids/learns_*.json`).
+network (`benchmarks/grids/learns.json`).
 """
-UNTRAINED = "-untrained"  # ends the label of what is measured before its training
 EXPORTS = """\
 Each file ran in its runtime beside the student and beside the float network in the same runtime, taking turns (`benchmarks/export.py`;
 one input, threads, runtime and commit in each result file). Largest difference: of the answers, relative to the largest
