@@ -3,16 +3,20 @@
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 import torch
 import torch.utils.data
+from torch import nn
 
 from datafree import api
+from datafree.export import onnx
 from datafree.methods import anchor
+from datafree.quant.insert import plan_of
+from datafree.task import Task
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,6 +47,23 @@ def few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """anchor draws 8 pictures, and fidelity is told from as many."""
     monkeypatch.setattr(anchor, "_count", lambda task: 8)
     monkeypatch.setattr(api, "_inputs", lambda task: 8)
+
+
+@pytest.fixture(scope="module")
+def traced_once() -> Iterator[None]:
+    """A student is followed for export once, which takes seconds, however many commands export it."""
+    follow, known = onnx.trace, {}
+
+    def trace(student: nn.Module, task: Task) -> object:
+        numbers = [each.numpy().tobytes() for each in student.state_dict().values() if isinstance(each, torch.Tensor)]
+        key = (repr((student, plan_of(student), task)), *numbers)
+        if key not in known:
+            known[key] = follow(student, task)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx, "trace", trace)
+        yield
 
 
 @pytest.fixture(scope="session")

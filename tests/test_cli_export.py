@@ -15,7 +15,7 @@ from datafree.report.runs import open_folder
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory, traced_once: None) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "digits"
     assert cli.main(["quantize", "digits", "--method", "rtn", "--weight-bits", "4", "--act-bits", "4", "--out", str(folder)]) == 0
     assert cli.main(["export", str(folder), "--allow-fallback"]) == 0

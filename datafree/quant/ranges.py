@@ -64,23 +64,24 @@ def _search(rows: Tensor, spec: QSpec, importance: Tensor | None, exponent: floa
     scale, zero = from_range(ends[0], ends[1], spec)
     least = _error(rows, scale, zero, spec, importance, exponent)
 
-    def attempt(trial: Tensor) -> None:
+    def attempt(trials: Tensor) -> None:
+        """Of ``trials`` (K, 2, rows) those that are better; all at once where there is little to compute."""
         nonlocal factors, scale, zero, least
-        candidate = from_range(ends[0] * trial[0], ends[1] * trial[1], spec)
-        error = _error(rows, *candidate, spec, importance, exponent)
-        better = error < least
-        least, factors = torch.where(better, error, least), torch.where(better, trial, factors)
-        scale, zero = torch.where(better, candidate[0], scale), torch.where(better, candidate[1], zero)
+        for some in trials.split(max(1, _BLOCK // rows.numel())):
+            scales, zeros = from_range(ends[0] * some[:, 0], ends[1] * some[:, 1], spec)
+            error, place = _error(rows, scales, zeros, spec, importance, exponent).min(0)
+            better, at = error < least, (place, torch.arange(len(place), device=place.device))
+            least, factors = torch.where(better, error, least), torch.where(better, some[place, :, at[1]].T, factors)
+            scale, zero = torch.where(better, scales[at], scale), torch.where(better, zeros[at], zero)
 
     both = torch.ones_like(factors, dtype=torch.bool)
     low = both & (torch.arange(2, device=rows.device)[:, None] == 0)
+    tenths = torch.arange(2, 13, device=rows.device) / 10
+    hundredths = torch.cat([torch.arange(-9, 0, device=rows.device), torch.arange(1, 10, device=rows.device)]) / 100
     one_sided = spec.symmetric or bool((ends[0] >= 0).all()) or bool((ends[1] <= 0).all())
     for moved in (both,) if one_sided else (both, low, ~low):
-        for tenth in (2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12):
-            attempt(torch.where(moved, tenth / 10, factors))
-        centre = factors
-        for hundredth in (-9, -8, -7, -6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 7, 8, 9):
-            attempt(torch.where(moved, (centre + hundredth / 100).clamp(0.2, 1.2), centre))
+        attempt(torch.where(moved, tenths[:, None, None], factors))
+        attempt(torch.where(moved, (factors + hundredths[:, None, None]).clamp(0.2, 1.2), factors))
     return scale, zero
 
 
@@ -172,9 +173,9 @@ def _positive(scale: Tensor) -> Tensor:
 
 
 def _error(rows: Tensor, scale: Tensor, zero: Tensor, spec: QSpec, importance: Tensor | None, exponent: float) -> Tensor:
-    """Counted in steps of the grid and in place: what is searched through is as large as the network."""
-    (low, high), shift = spec.levels, zero[:, None]
-    steps = rows / scale[:, None]
+    """Of each row (C, n), (C,) or (K, C) as ``scale`` is; in steps of the grid and in place, for rows are as large as the network."""
+    (low, high), shift = spec.levels, zero[..., None]
+    steps = rows / scale[..., None]
     if spec.grid == "dorefa":
         steps += shift
         nearest = steps.round().clamp_(low, high)
@@ -183,4 +184,4 @@ def _error(rows: Tensor, scale: Tensor, zero: Tensor, spec: QSpec, importance: T
     else:
         nearest = steps.round().clamp_(low - shift, high - shift)
     error = nearest.sub_(steps).square_() if exponent == 2.0 else nearest.sub_(steps).abs_().pow_(exponent)
-    return (error if importance is None else error.mul_(importance)).sum(1) * scale**exponent
+    return (error if importance is None else error.mul_(importance)).sum(-1) * scale**exponent

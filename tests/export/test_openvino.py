@@ -185,17 +185,20 @@ def test_sums_and_means(file: Path, last: str, own: bool) -> None:
     assert integer(same(written(found, file, own), found, 1e-5), "a", "b")
 
 
-@pytest.mark.parametrize("own", [True, False])
-def test_sums_round_where_the_student_does(file: Path, own: bool) -> None:
-    """Left alone, OpenVINO fuses a convolution, a quantizer and a sum, and rounds only the sum: nearly all answers differ then."""
+@pytest.fixture(scope="module")
+def digits() -> Made:
     net = load_network("digits")
     student = datafree.quantize(net.model, net.task, method="rtn", target=Target(8, 8)).student
     x = net.task.noise(32, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        reference = student(x).numpy()
-    found = Made(prepare(student, net.task), x.numpy(), reference)
-    answer = open_file(written(found, file, own), threads=1, runtime="openvino").run(found.x)["output"]
-    assert (np.abs(answer - reference) > 1e-3).mean() < 0.2
+        return Made(prepare(student, net.task), x.numpy(), student(x).numpy())
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_sums_round_where_the_student_does(digits: Made, file: Path, own: bool) -> None:
+    """Left alone, OpenVINO fuses a convolution, a quantizer and a sum, and rounds only the sum: nearly all answers differ then."""
+    answer = open_file(written(digits, file, own), threads=1, runtime="openvino").run(digits.x)["output"]
+    assert (np.abs(answer - digits.reference) > 1e-3).mean() < 0.2
 
 
 @pytest.mark.parametrize("bits", [2, 3, 5, 8])
@@ -266,15 +269,11 @@ def test_float_kernels_on_purpose(file: Path) -> None:
     assert loaded.header()["float_kernels"] is True and not integer(loaded, "a")
 
 
-def test_float_kernels_do_not_round_what_enters_linear_layers(tmp_path: Path) -> None:
-    found = load_network("digits")
-    student = datafree.quantize(found.model, found.task, method="rtn", target=Target(4, 8)).student
-    prepared = prepare(student, found.task)
+def test_float_kernels_do_not_round_what_enters_linear_layers(digits: Made, tmp_path: Path) -> None:
     style = Style(packing="openvino-onnx", integer_outputs=False, float_kernels=True)
-    packed_file = export_onnx(prepared, tmp_path / "packed.onnx", style)
-    (tmp_path / "float.onnx").write_bytes(float_onnx_bytes(prepared))
-    x = found.task.noise(4, torch.Generator().manual_seed(0)).numpy()
-    one, other = (OpenVino(file, threads=1).run(x)["output"] for file in (packed_file, tmp_path / "float.onnx"))
+    packed_file = export_onnx(digits.prepared, tmp_path / "packed.onnx", style)
+    (tmp_path / "float.onnx").write_bytes(float_onnx_bytes(digits.prepared))
+    one, other = (OpenVino(file, threads=1).run(digits.x)["output"] for file in (packed_file, tmp_path / "float.onnx"))
     assert np.abs(one - other).max() < 1e-4
 
 
