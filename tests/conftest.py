@@ -13,7 +13,6 @@ import torch.utils.data
 from torch import nn
 
 from datafree import api
-from datafree.export import onnx
 from datafree.methods import anchor
 from datafree.quant.insert import plan_of
 from datafree.task import Task
@@ -52,6 +51,8 @@ def few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def traced_once() -> Iterator[None]:
     """A student is followed for export once, which takes seconds, however many commands export it."""
+    from datafree.export import onnx  # takes seconds too
+
     follow, known = onnx.trace, {}
 
     def trace(student: nn.Module, task: Task) -> object:

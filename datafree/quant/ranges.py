@@ -67,7 +67,7 @@ def _search(rows: Tensor, spec: QSpec, importance: Tensor | None, exponent: floa
     def attempt(trials: Tensor) -> None:
         """Of ``trials`` (K, 2, rows) those that are better; all at once where there is little to compute."""
         nonlocal factors, scale, zero, least
-        for some in trials.split(max(1, _BLOCK // rows.numel())):
+        for some in torch.split(trials, max(1, _BLOCK // rows.numel())):
             scales, zeros = from_range(ends[0] * some[:, 0], ends[1] * some[:, 1], spec)
             error, place = _error(rows, scales, zeros, spec, importance, exponent).min(0)
             better, at = error < least, (place, torch.arange(len(place), device=place.device))
