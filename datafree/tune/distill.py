@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, cast, final
+from typing import Any, Literal, cast, final
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,7 @@ class Recipe:
 
     Args:
         batch: inputs of a step.
-        rate: learning rate of SGD with Nesterov momentum 0.9.
+        rate: learning rate of SGD with Nesterov momentum 0.9; at 0 weights stay, and their gradient is not computed.
         norm_rate: that of biases and the affine parts of norms; None: ``rate``.
         falling: along a cosine, after a rise over the first third (``one-cycle``) or from the start, or tenfold at each of ``milestones``.
         milestones: shares of all steps.
@@ -138,7 +138,7 @@ def distill(
     lesson = _Lesson(teacher, student, task, source, steps, ctx, recipe)  # its clock runs from here
     _set_ranges(student, task, lesson.source, recipe)
     params, held = lesson.params, lesson.held
-    optimizer = torch.optim.SGD(_groups(params, recipe), momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.SGD(_groups(student, recipe), momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay)
     optimizer.register_step_pre_hook(lambda *_: _check_gradient(params, recipe.clip, lesson.taken + 1))
     optimizer.register_step_post_hook(lambda *_: lesson.count())
     schedule = LambdaLR(optimizer, lambda _: _factor(lesson.progress(), recipe))
@@ -173,7 +173,7 @@ class _Lesson:
         self.compiled: dict[nn.Module, nn.Module] = {}
         if recipe.compile is not None and not self.ends:
             self.compiled = {each: cast(nn.Module, torch.compile(each, backend=recipe.compile)) for each in (teacher, student)}
-        self.params = [each for each in student.parameters() if each.is_floating_point()]
+        self.params = [each for group in _groups(student, recipe) for each in group["params"]]
         self.mean = [torch.zeros_like(each) for each in self.params]
         self.averaged = self.taken = 0
         self.held: HeldOut | None = None
@@ -323,11 +323,13 @@ def _follow(student: nn.Module, recipe: Recipe) -> None:
         quantizer.set(*minmax(latent_weight(layer), quantizer.spec))
 
 
-def _groups(params: list[nn.Parameter], recipe: Recipe) -> list[dict[str, object]]:
-    """Weights, and what has one dimension: biases and the affine parts of norms; each with its rate."""
+def _groups(student: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """What learns, each with its rate: weights, and what has one dimension (biases and the affine parts of norms)."""
+    params = [each for each in student.parameters() if each.is_floating_point()]
     weights, others = ([each for each in params if (each.dim() > 1) == several] for several in (True, False))
     rates = recipe.rate, recipe.rate if recipe.norm_rate is None else recipe.norm_rate
-    return [{"params": each, "lr": rate} for each, rate in zip((weights, others), rates, strict=True) if each]
+    groups = [{"params": each, "lr": rate} for each, rate in zip((weights, others), rates, strict=True) if each]
+    return [each for each in groups if each["lr"]] or groups
 
 
 def _check_gradient(params: list[nn.Parameter], clip: float | None, step: int) -> None:

@@ -181,13 +181,26 @@ def test_the_average_is_that_of_the_last_weights(monkeypatch: pytest.MonkeyPatch
 
     def look(self: module_under_test._Lesson) -> None:
         count(self)
-        seen.append([each.detach().clone() for each in self.params])
+        seen.append([each.detach().clone() for each in self.student.parameters()])
 
     monkeypatch.setattr(module_under_test._Lesson, "count", look)
     student = trained(dataclasses.replace(QUICK, average=0.5))
     assert len(seen) == STEPS
     for param, *last in zip(student.parameters(), *seen[STEPS // 2 - 1 :], strict=True):
         torch.testing.assert_close(param, torch.stack(last).mean(0))
+
+
+def test_what_has_a_rate_of_nothing_stays_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = module_under_test._Lesson.count
+
+    def look(self: module_under_test._Lesson) -> None:
+        assert all((each.grad is None) == (each.dim() > 1) for each in self.student.parameters())
+        count(self)
+
+    monkeypatch.setattr(module_under_test._Lesson, "count", look)
+    before = untrained()
+    for name, param in trained(dataclasses.replace(QUICK, rate=0.0, norm_rate=1e-2)).named_parameters():
+        assert torch.equal(param, before.get_parameter(name)) == (param.dim() > 1)
 
 
 def test_mixtures_of_two_have_shares_of_both_labels(monkeypatch: pytest.MonkeyPatch) -> None:
