@@ -23,8 +23,7 @@ from datafree.tune.taught import closed_student, is_large
 Budget = Literal["smoke", "fast", "standard"]
 Origin = Literal["procedural", "distilled", "both", "mixed"]
 
-_FEWER = 4  # such a part of the pool there is where pictures are large
-_SHORTER = 2  # and such a part of the steps
+_FEWER = 16  # such a part of the pool there is where pictures are large
 _SHIFT = 16  # such a part of the sides a picture is shifted at most
 
 
@@ -56,8 +55,8 @@ class AnchorTuned(Method):
     the student's norms are helped just as much, so that whatever else it does stays to be learned. Weights follow the squared distance of
     the logits, biases and the affine parts of norms too, at a higher rate; the grids stay where the closed form has put them, and gradients
     pass through the rounding of all values but clipped ones. The pictures may be procedural instead, new in every step, half of each kind,
-    or a third of each and of a generator's that learns along. Large pictures take longer to optimise and to learn from: there are fewer of
-    them, half as many steps, and weights stay.
+    or a third of each and of a generator's that learns along. Of large pictures, of which there are few, half are procedural, and weights
+    stay.
 
     A network without batch norms has nothing that pictures could be anchored to: its student is that of ``anchor``, and a note says so.
     """
@@ -106,8 +105,8 @@ class AnchorTuned(Method):
         budgets = {"smoke": _Setting(20, 64, 20, 20), "fast": _Setting(300, 1024, 40, 150), "standard": _Setting(5000, 4096, 200, 1000)}
         setting = budgets[self.budget]
         if large:
-            few, steps = setting.pictures // _FEWER, setting.steps // _SHORTER
-            setting = replace(setting, steps=steps, pictures=few, batch=16, painted=32, rate=0.0, norm_rate=3e-2)
+            few = setting.pictures // _FEWER
+            setting = replace(setting, pictures=few, batch=16, painted=32, rate=0.0, norm_rate=3e-2, source="both")
         given = {each.name: getattr(self, each.name, None) for each in fields(_Setting)}
         return replace(setting, **{name: value for name, value in given.items() if value is not None})
 
