@@ -14,7 +14,7 @@ from datafree.synth.attention import Placed, attention, disagreement, off_centre
 from datafree.synth.generator import Convincing, Look
 from datafree.synth.source import Terms
 from datafree.task import Task
-from datafree.tune.taught import Taught, is_large, kmdfq_setting
+from datafree.tune.taught import Lesson, Taught, is_large, kmdfq_setting
 
 
 @method("acq")
@@ -41,8 +41,8 @@ class Acq(Taught):
     consistency: float = option(0.1, "weight of the shift of attention between stored and batch statistics", at_least=0)
     statistics: float = option(1.0, "weight of the statistics in the generator's loss", at_least=0)
 
-    def run(self, teacher: nn.Module, task: Task, target: Target, ctx: Ctx) -> nn.Module:
-        """Make the student: plan, find the features, warm the generator up, train both."""
+    def lesson(self, teacher: nn.Module, task: Task, target: Target, ctx: Ctx) -> Lesson:
+        """A generator that places the attention, that warms up alone and then learns along with the student."""
         setting = self.setting(kmdfq_setting(is_large(task)), task)
         generation = replace(self.generation(setting), objective=Convincing(statistics=self.statistics))
         features = spatial_module(teacher, task, ctx)
@@ -53,7 +53,7 @@ class Acq(Taught):
             policy = Placed(len(task.shape) - 1 if self.centre else 0, pairs=self.pairs > 0)
             generation = replace(generation, policy=policy, placed=self.centre > 0, features=features, objective=objective)
         recipe = replace(self.distillation(setting), distance="mse")
-        return self.teach(teacher, task, target, ctx, self.generated(teacher, task, setting, generation, ctx), setting.steps, recipe)
+        return self.generated(teacher, task, setting, generation, ctx), setting.steps, recipe
 
 
 @final

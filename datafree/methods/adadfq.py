@@ -15,8 +15,7 @@ from datafree.synth.generator import Look
 from datafree.synth.source import Terms
 from datafree.synth.terms import class_entropy, entropies, statistics
 from datafree.task import Task
-from datafree.tune.distill import Recipe
-from datafree.tune.taught import Prepare, Setting, Taught, gdfq_setting, is_large
+from datafree.tune.taught import Lesson, Setting, Taught, gdfq_setting, is_large
 
 Variant = Literal["adadfq", "adasg"]
 
@@ -64,18 +63,6 @@ def undecided(logits: Tensor) -> Tensor:
     return ((entropy - least) / (math.log(logits.shape[1]) - least).clamp(min=_LEAST)).clamp(max=1.0)
 
 
-def adadfq_setting(task: Task) -> Setting:
-    """The published one, as coded."""
-    large = is_large(task)
-    return replace(
-        gdfq_setting(1, large),
-        batch=16,
-        rate=1e-5 if large else 1e-4,
-        milestones=(0.875,) if large else (0.25, 0.5, 0.75),
-        cross_entropy=0.0,
-    )
-
-
 @method("adadfq")
 class Adadfq(Taught):
     """As GDFQ, but the generator looks at the student as well: for pictures on which it can still learn from the network.
@@ -104,13 +91,9 @@ class Adadfq(Taught):
     statistics: float = option(1.0, "weight of the statistics in the generator's loss", at_least=0)
     temperature: float | None = option(None, "of the student's loss; None: 20 on small inputs, 5 on large ones, as published", at_least=0.1)
 
-    def run(self, teacher: nn.Module, task: Task, target: Target, ctx: Ctx) -> nn.Module:
-        """Make the student: plan, warm the generator up, train both."""
-        return self.teach(teacher, task, target, ctx, *self.lesson(teacher, task, target, ctx, adadfq_setting(task)))
-
-    def lesson(self, teacher: nn.Module, task: Task, target: Target, ctx: Ctx, published: Setting) -> tuple[Prepare, int, Recipe]:
-        """What :meth:`teach` takes: the generator, how many steps the student takes, and how."""
-        setting, (lower, disagreement) = self.setting(published, task), self._published(is_large(task), min(target.widths))
+    def lesson(self, teacher: nn.Module, task: Task, target: Target, ctx: Ctx) -> Lesson:
+        """A generator that warms up alone, then learns along with the student."""
+        setting, (lower, disagreement) = self.setting(self.published(task), task), self._bounds(is_large(task), min(target.widths))
         objective = Adaptable(
             task=task,
             lower=lower if self.lower is None else self.lower,
@@ -124,7 +107,18 @@ class Adadfq(Taught):
         recipe = replace(self.distillation(setting), distance="adaptability", temperature=temperature)
         return self.generated(teacher, task, setting, generation, ctx), setting.steps, recipe
 
-    def _published(self, large: bool, bits: int) -> tuple[float, float]:
+    def published(self, task: Task) -> Setting:
+        """The published setting, as coded."""
+        large = is_large(task)
+        return replace(
+            gdfq_setting(1, large),
+            batch=16,
+            rate=1e-5 if large else 1e-4,
+            milestones=(0.875,) if large else (0.25, 0.5, 0.75),
+            cross_entropy=0.0,
+        )
+
+    def _bounds(self, large: bool, bits: int) -> tuple[float, float]:
         """Lower bound, and weight of the disagreement."""
         if self.variant == "adasg":
             return 0.3, 0.1

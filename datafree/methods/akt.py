@@ -2,20 +2,20 @@
 
 from dataclasses import fields, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
 from datafree.context import Ctx
-from datafree.method import method, option
-from datafree.methods.adadfq import Adadfq, adadfq_setting
-from datafree.methods.gdfq import Gdfq
+from datafree.errors import MethodError
+from datafree.method import find_method, method, option
+from datafree.methods.adadfq import Adadfq
 from datafree.plan import Target
 from datafree.task import Task
-from datafree.tune.features import refined
-from datafree.tune.taught import Taught, is_large
+from datafree.tune.features import refined, weighted
+from datafree.tune.taught import Lesson, Setting, Taught, Trained, is_large
 
-Host = Literal["adadfq", "gdfq"]
+Host = Literal["adadfq", "gdfq", "hast", "qimera", "texq", "acq", "intraq", "zaq"]
 
 _BATCH = 200  # the published one, over which the published term is a sum
 
@@ -26,7 +26,10 @@ class Akt(Taught):
 
     Compared are the maps in which units end, before the residual sum: the softmax over the channels of their mean squares, and their
     mean squares over the positions, of unit length; either as the KL divergence of softmaxes at temperature 8, which is tiny. Without
-    ``refined`` the host alone is left. The host's own fields are as it has them: its first variant, all as published.
+    ``refined`` the host alone is left. The host's own fields are as it has them: its first variant, all as published. HAST and ZAQ, which
+    compare maps themselves, go on doing so.
+
+    Published are the hosts AdaDFQ, GDFQ and HAST. A host with a pool of pictures has no fields of a generator.
 
     The budget ``paper`` is the published setting: the host's, and with AdaDFQ on small inputs 200 epochs of 200 steps of 200 pictures.
 
@@ -44,17 +47,33 @@ class Akt(Taught):
     refined_weight: float = option(1000.0 * _BATCH, "of the maps in the student's loss; published: 1000 times the batch", at_least=0)
     refined_temperature: float = option(8.0, "of the divergences of maps", at_least=0.1)
 
-    def run(self, teacher: nn.Module, task: Task, target: Target, ctx: Ctx) -> nn.Module:
-        """Make the student as the host does, with one more term in its loss."""
-        given: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(Taught)}
-        if self.host == "gdfq":
-            prepare, steps, recipe = Gdfq(**given).lesson(teacher, task, ctx)
-        else:
-            published = adadfq_setting(task)
-            if not is_large(task):
-                published = replace(published, batch=_BATCH, steps=200 * 200 - published.warm_up, milestones=(0.5,))
-            prepare, steps, recipe = Adadfq(**given).lesson(teacher, task, target, ctx, published)
+    def lesson(self, teacher: nn.Module, task: Task, target: Target, ctx: Ctx) -> Lesson:
+        """The host's, with one more term in the student's loss."""
+        prepare, steps, recipe = self._host().lesson(teacher, task, target, ctx)
         if self.refined:
             term = partial(refined, temperature=self.refined_temperature)
-            recipe = replace(recipe, features=term, feature_weight=self.refined_weight)
-        return self.teach(teacher, task, target, ctx, prepare, steps, recipe)
+            if recipe.features is None:
+                recipe = replace(recipe, features=term, feature_weight=self.refined_weight)
+            else:
+                own = weighted((recipe.feature_weight, recipe.features), (self.refined_weight, term))
+                recipe = replace(recipe, features=own, feature_weight=1.0)
+        return prepare, steps, recipe
+
+    def _host(self) -> Trained:
+        """With the fields that are given here. Raises MethodError where the host has no such field."""
+        cls = _Longer if self.host == "adadfq" else find_method(self.host)
+        assert issubclass(cls, Trained)
+        known = {each.name for each in fields(cls)}
+        given = {each.name: getattr(self, each.name) for each in fields(Taught)}
+        for name in given.keys() - known:
+            if given.pop(name) is not None:
+                raise MethodError(f"akt: the host {self.host} has no generator, so no {name}: leave it out")
+        return cls(**given)
+
+
+class _Longer(Adadfq):
+    """AdaDFQ as AKT publishes it: on small pictures another schedule."""
+
+    def published(self, task: Task) -> Setting:
+        setting = super().published(task)
+        return setting if is_large(task) else replace(setting, batch=_BATCH, steps=200 * 200 - setting.warm_up, milestones=(0.5,))

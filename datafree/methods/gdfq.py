@@ -11,8 +11,7 @@ from datafree.plan import Target
 from datafree.synth.generator import Convincing
 from datafree.synth.noise import count_classes
 from datafree.task import Task
-from datafree.tune.distill import Recipe
-from datafree.tune.taught import Prepare, Taught, gdfq_setting, is_large, kmdfq_setting
+from datafree.tune.taught import Lesson, Taught, gdfq_setting, is_large, kmdfq_setting
 
 Variant = Literal["gdfq", "kmdfq"]
 
@@ -42,12 +41,8 @@ class Gdfq(Taught):
     statistics: float | None = option(None, "weight of the statistics in the generator's loss; None: as published", at_least=0)
     temperature: float = option(20.0, "of the KL divergence", at_least=0.1)
 
-    def run(self, teacher: nn.Module, task: Task, target: Target, ctx: Ctx) -> nn.Module:
-        """Make the student: plan, warm the generator up, train both."""
-        return self.teach(teacher, task, target, ctx, *self.lesson(teacher, task, ctx))
-
-    def lesson(self, teacher: nn.Module, task: Task, ctx: Ctx) -> tuple[Prepare, int, Recipe]:
-        """What :meth:`teach` takes: the generator, how many steps the student takes, and how."""
+    def lesson(self, teacher: nn.Module, task: Task, target: Target, ctx: Ctx) -> Lesson:
+        """A generator that warms up alone, then learns along with the student."""
         journal = self.variant == "kmdfq"
         classes, large = count_classes(teacher, task, ctx), is_large(task)
         setting = self.setting(kmdfq_setting(large) if journal else gdfq_setting(classes, large), task)

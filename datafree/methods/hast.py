@@ -11,7 +11,7 @@ from datafree.synth.noise import count_classes
 from datafree.task import Task
 from datafree.tune.features import attention
 from datafree.tune.pooled import Pooled, pool_setting
-from datafree.tune.taught import is_large
+from datafree.tune.taught import Lesson, is_large
 
 _MANY = 100  # classes, from which on the published weights are those of CIFAR-100
 _PERTURBED = 2.7  # times as long as a plain step takes one with perturbed inputs
@@ -41,8 +41,8 @@ class Hast(Pooled):
     features: float | None = option(None, "weight of the features in the student's loss; None: as published", at_least=0)
     temperature: float = option(20.0, "of the KL divergence", at_least=0.1)
 
-    def run(self, teacher: nn.Module, task: Task, target: Target, ctx: Ctx) -> nn.Module:
-        """Make the student: plan, optimise the pool, train."""
+    def lesson(self, teacher: nn.Module, task: Task, target: Target, ctx: Ctx) -> Lesson:
+        """A pool of hard pictures, made harder in every step."""
         large, many = is_large(task), count_classes(teacher, task, ctx) >= _MANY
         published = pool_setting(large, 1e-6 if large else 1e-5)
         setting = self.setting(published, task)
@@ -55,13 +55,13 @@ class Hast(Pooled):
             crop=0.5 if large else 1.0,
             views=0.5,
         )
-        lesson, weight = self.distillation(setting), 4e3 if large else 2e3 if many else 1e3
+        weight = 4e3 if large else 2e3 if many else 1e3
         weight = _either(self.features, weight * setting.weight / published.weight)
         perturb = _either(self.perturb, 0.02 if many and not large else 0.01)
-        recipe = replace(lesson, distance="kl", temperature=self.temperature, perturb=perturb)
+        recipe = replace(self.distillation(setting), distance="kl", temperature=self.temperature, perturb=perturb)
         recipe = replace(recipe, features=attention if weight else None, feature_weight=weight)
-        pooled = self.pooled(teacher, task, setting, painting, ctx, cost=_PERTURBED if perturb else 1.0)
-        return self.teach(teacher, task, target, ctx, pooled, setting.steps, recipe)
+        pool = self.pooled(teacher, task, setting, painting, ctx, cost=_PERTURBED if perturb else 1.0)
+        return pool, setting.steps, recipe
 
 
 def _either(given: float | None, published: float) -> float:

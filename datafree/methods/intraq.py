@@ -10,7 +10,7 @@ from datafree.plan import Target
 from datafree.synth.noise import count_classes
 from datafree.task import Task
 from datafree.tune.pooled import Pooled, pool_setting
-from datafree.tune.taught import is_large
+from datafree.tune.taught import Lesson, is_large
 
 _SPREAD = 100  # classes, from which on the published margins are those of CIFAR-100
 
@@ -40,8 +40,8 @@ class IntraQ(Pooled):
     reinforce: float = option(0.5, "probability with which a step shows mirrored parts of the pictures", at_least=0, at_most=1)
     temperature: float = option(20.0, "of the KL divergence", at_least=0.1)
 
-    def run(self, teacher: nn.Module, task: Task, target: Target, ctx: Ctx) -> nn.Module:
-        """Make the student: plan, optimise the pool, train."""
+    def lesson(self, teacher: nn.Module, task: Task, target: Target, ctx: Ctx) -> Lesson:
+        """A pool of pictures, unlike each other within a class."""
         large, many = is_large(task), count_classes(teacher, task, ctx) >= _SPREAD
         published = (1.0, 0.0, 2.0) if large else (0.6, 0.02, 1.0) if many else (0.95, 0.05, 0.8)
         given = (self.certainty, self.nearest, self.farthest)
@@ -51,4 +51,4 @@ class IntraQ(Pooled):
             self.painting(setting), certainty=certainty, margin=(margin[0], margin[1]), flip=True, crop=0.5, views=self.reinforce
         )
         recipe = replace(self.distillation(setting), distance="kl", temperature=self.temperature)
-        return self.teach(teacher, task, target, ctx, self.pooled(teacher, task, setting, painting, ctx), setting.steps, recipe)
+        return self.pooled(teacher, task, setting, painting, ctx), setting.steps, recipe

@@ -14,7 +14,7 @@ from datafree.synth.generator import Added, Convincing
 from datafree.synth.labels import Superposed
 from datafree.synth.noise import count_classes
 from datafree.task import Task
-from datafree.tune.taught import Taught, gdfq_setting, is_large
+from datafree.tune.taught import Lesson, Taught, gdfq_setting, is_large
 
 _WIDTH = 100  # of an embedding where no layer of the network tells
 
@@ -48,8 +48,8 @@ class Qimera(Taught):
     statistics: float = option(0.1, "weight of the statistics in the generator's loss", at_least=0)
     temperature: float = option(20.0, "of the KL divergence", at_least=0.1)
 
-    def run(self, teacher: nn.Module, task: Task, target: Target, ctx: Ctx) -> nn.Module:
-        """Make the student: plan, warm the generator up, train both."""
+    def lesson(self, teacher: nn.Module, task: Task, target: Target, ctx: Ctx) -> Lesson:
+        """A generator of superposed classes, that warms up alone and then learns along with the student."""
         classes = count_classes(teacher, task, ctx)
         setting = self.setting(gdfq_setting(classes, is_large(task)), task)
         rows = _classifier(teacher, task, ctx, classes)
@@ -67,7 +67,7 @@ class Qimera(Taught):
             ),
         )
         recipe = replace(self.distillation(setting), distance="kl", temperature=self.temperature)
-        return self.teach(teacher, task, target, ctx, self.generated(teacher, task, setting, generation, ctx), setting.steps, recipe)
+        return self.generated(teacher, task, setting, generation, ctx), setting.steps, recipe
 
 
 def _published_slots(classes: int) -> int:

@@ -14,7 +14,7 @@ from datafree.synth.noise import Pixels, count_classes
 from datafree.synth.noise import Recipe as Painting
 from datafree.synth.source import Source
 from datafree.task import Task
-from datafree.tune.taught import Prepare, Setting, Taught, gdfq_setting, is_large
+from datafree.tune.taught import Lesson, Prepare, Setting, Taught, gdfq_setting, is_large
 
 _ALONE, _JOINT = 2.0, 3.0  # times as long as one on pixels takes a step of the generator, and one of it and the student
 
@@ -49,13 +49,13 @@ class Texq(Taught):
     temperature: float = option(20.0, "of the KL divergence", at_least=0.1)
     mixup: float | None = option(None, "share of the student's steps on mixtures; None: half of the paper's, else 0", at_least=0, at_most=1)
 
-    def run(self, teacher: nn.Module, task: Task, target: Target, ctx: Ctx) -> nn.Module:
-        """Make the student: plan, optimise a picture of each class, warm the generator up, train both."""
+    def lesson(self, teacher: nn.Module, task: Task, target: Target, ctx: Ctx) -> Lesson:
+        """A picture of each class, optimised; the centres they tell; a generator that aims at these."""
         classes = count_classes(teacher, task, ctx)
         setting = self.setting(replace(gdfq_setting(classes, is_large(task)), weight=20.0, picture_steps=1500), task)
         mixup = self.mixup if self.mixup is not None else 0.5 if self.budget == "paper" else 0.0
         recipe = replace(self.distillation(setting), distance="kl", temperature=self.temperature, mixup=mixup, mixed_classes=False)
-        return self.teach(teacher, task, target, ctx, self._prepared(teacher, task, classes, setting, ctx), setting.steps, recipe)
+        return self._prepared(teacher, task, classes, setting, ctx), setting.steps, recipe
 
     def _prepared(self, teacher: nn.Module, task: Task, classes: int, setting: Setting, ctx: Ctx) -> Prepare:
         """Pictures, centres, generator; each gets the share of the time that its steps are meant to take."""

@@ -13,7 +13,7 @@ from datafree.synth.generator import Look
 from datafree.synth.source import Terms
 from datafree.task import Task
 from datafree.tune.features import captured, difference, find_ends, relations
-from datafree.tune.taught import Setting, Taught
+from datafree.tune.taught import Lesson, Setting, Taught
 from datafree.tune.terms import l1
 
 _EACH = 5  # steps of the student for one of the generator
@@ -64,8 +64,8 @@ class Zaq(Taught):
     relation: float = option(1.0, "weight of the maps' distance, for both", at_least=0)
     activity: float = option(0.1, "weight of the last map's mean absolute value, for the generator", at_least=0)
 
-    def run(self, teacher: nn.Module, task: Task, target: Target, ctx: Ctx) -> nn.Module:
-        """Make the student: plan, then train both."""
+    def lesson(self, teacher: nn.Module, task: Task, target: Target, ctx: Ctx) -> Lesson:
+        """A generator that looks for what the two networks disagree on, in turns with the student."""
         setting = replace(self.setting(_PUBLISHED, task), warm_up=self.warm_up or 0)
         ends = find_ends(teacher, task, ctx)
         generation = self.generation(setting)
@@ -84,7 +84,7 @@ class Zaq(Taught):
             feature_weight=self.relation,
             each=_EACH,
         )
-        return self.teach(teacher, task, target, ctx, self.generated(teacher, task, setting, generation, ctx), setting.steps, recipe)
+        return self.generated(teacher, task, setting, generation, ctx), setting.steps, recipe
 
 
 _PUBLISHED = Setting(

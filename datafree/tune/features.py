@@ -110,6 +110,11 @@ def difference(term: FeatureTerm, teacher: Maps, student: Maps) -> Tensor:
     return torch.stack([term(t, s) for t, s in pairs]).sum()
 
 
+def weighted(*terms: tuple[float, FeatureTerm]) -> FeatureTerm:
+    """The sum of several terms, each with its weight."""
+    return lambda t, s: torch.stack([weight * term(t, s) for weight, term in terms]).sum()
+
+
 def refined(t: Tensor, s: Tensor, temperature: float = 8.0) -> Tensor:
     """AKT's (arXiv 2412.19125): KL divergences of softmax(channels / T), and of softmax(positions / T), in nats.
 

@@ -1,5 +1,6 @@
 """What the methods share that train a student on inputs they make: budgets, the fields these fill in, and the order of events."""
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Literal
@@ -24,6 +25,7 @@ Budget = Literal["smoke", "fast", "standard", "paper"]
 Size = Literal["light", "full"]
 Start = Literal["nearest", "anchor"]
 Prepare = Callable[[nn.Module, float | None], Source]  # given the student, and how many seconds it may take
+Lesson = tuple[Prepare, int, Distillation]  # where inputs come from, how many steps the student takes, and how
 
 _LARGE = 64  # from this side on the published setting is that of ImageNet
 _JOINT = 1.5  # times as long as a step of the generator alone takes one of both
@@ -119,6 +121,14 @@ class Trained(Method):
     max_seconds: float | None = option(None, "when to stop, rates and average keeping pace", at_least=1)
     hold_out: int = option(0, "pictures that are only looked at: the student ends as it was best on them, and once it stays so", at_least=0)
     compile: bool = option(False, "compile both networks: minutes at first, then faster steps; on a GPU only")
+
+    @abstractmethod
+    def lesson(self, teacher: nn.Module, task: Task, target: Target, ctx: Ctx) -> Lesson:
+        """What the method is: its source, and how the student learns from it."""
+
+    def run(self, teacher: nn.Module, task: Task, target: Target, ctx: Ctx) -> nn.Module:
+        """Make the student, then train it as the lesson says."""
+        return self.teach(teacher, task, target, ctx, *self.lesson(teacher, task, target, ctx))
 
     def setting(self, published: Setting, task: Task) -> Setting:
         """That of the budget, ``published`` for ``paper``, with the fields that are given in place of its own."""

@@ -1,6 +1,7 @@
 """AKT on the embedded digits: its hosts, what it adds to them, settings, and what training brings."""
 
 import functools
+from typing import get_args
 
 import pytest
 import torch
@@ -10,22 +11,26 @@ import datafree
 from datafree import Target
 from datafree.closed.regress import divergence
 from datafree.context import Ctx, Event
+from datafree.errors import MethodError
 from datafree.method import Method
 from datafree.methods import adadfq, akt
 from datafree.synth.generator import Recipe
 from datafree.synth.prior import pictures
 from datafree.tune import distill as training
 from datafree.tune import taught
+from datafree.tune.features import refined
 from datafree.zoo.digits import digits
 from networks import build, same
 
 MODEL, TASK = digits()
 TARGET = Target(3, 3, protocol="paper")
-QUICK = {"warm_up": 2, "steps": 2, "batch": 8, "range_batches": 1}
+QUICK = {"budget": "smoke", "steps": 2, "batch": 8, "range_batches": 1}
+POOLED = ("hast", "intraq")
 
 
 def method(name: str = "akt", **fields: object) -> Method:
-    return datafree.methods()[name](**QUICK | fields)
+    generated = {} if {name, fields.get("host")} & {*POOLED} else {"warm_up": 2}
+    return datafree.methods()[name](**QUICK | generated | fields)
 
 
 @functools.cache
@@ -45,10 +50,24 @@ def settings(large: bool = False, **fields: object) -> tuple[Recipe, training.Re
     return found[0], found[2], found[1]
 
 
-@pytest.mark.parametrize("host", ("adadfq", "gdfq"))
+@pytest.mark.parametrize("host", get_args(akt.Host))
 def test_the_host_alone_is_the_host_and_maps_change_its_student(host: str) -> None:
     alone = quantized(host)
     assert same(quantized(host=host, refined=False), alone) and not same(quantized(host=host), alone)
+
+
+def test_a_host_that_compares_maps_itself_goes_on_doing_so() -> None:
+    (recipe, own) = (settings(host="zaq")[1], datafree.methods()["zaq"]().lesson(MODEL, TASK, TARGET, Ctx.create(0))[2])
+    t, s = torch.randn(2, 4, 8, 3, 3, generator=torch.Generator().manual_seed(0))
+    assert own.features is not None and recipe.features is not None
+    torch.testing.assert_close(
+        recipe.feature_weight * recipe.features(t, s), own.feature_weight * own.features(t, s) + 1000 * 200 * refined(t, s)
+    )
+
+
+def test_a_host_without_a_generator_is_told_nothing_about_one() -> None:
+    with pytest.raises(MethodError, match="the host hast has no generator, so no warm_up: leave it out"):
+        quantized(host="hast", warm_up=3)
 
 
 @pytest.mark.parametrize("fields", ({"refined_weight": 1.0}, {"refined_temperature": 1.0}, {"host": "gdfq"}), ids=str)
