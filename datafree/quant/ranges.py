@@ -182,6 +182,6 @@ def _error(rows: Tensor, scale: Tensor, zero: Tensor, spec: QSpec, importance: T
     elif spec.symmetric:
         nearest = steps.round().clamp_(low, high)
     else:
-        nearest = steps.round().clamp_(low - shift, high - shift)
+        nearest = steps.round().add_(shift).clamp_(low, high).sub_(shift)  # bounds that are tensors take twice as long
     error = nearest.sub_(steps).square_() if exponent == 2.0 else nearest.sub_(steps).abs_().pow_(exponent)
     return (error if importance is None else error.mul_(importance)).sum(-1) * scale**exponent
