@@ -31,7 +31,8 @@ _SHIFT = 16  # such a part of the sides a picture is shifted at most
 class _Setting:
     """What a budget says: steps of the student; how many pictures are optimised, and by how many steps; steps of the generator alone.
 
-    And by the size of the inputs: pictures of a step, those optimised together, the rates of weights and of norms, the pictures.
+    And by the size of the inputs: pictures of a step, those optimised together, the rates of weights and of norms, the largest norm of the
+    gradient, the pictures.
     """
 
     steps: int
@@ -42,6 +43,7 @@ class _Setting:
     painted: int = 128
     rate: float = 3e-3
     norm_rate: float = 1e-2
+    clip: float = 5.0
     source: Origin = "distilled"
 
 
@@ -88,6 +90,7 @@ class AnchorTuned(Method):
             batch=setting.batch,
             rate=setting.rate,
             norm_rate=setting.norm_rate,
+            clip=setting.clip,
             weight_range="stay",
             act_range="stay",
             flip=True,
@@ -106,7 +109,7 @@ class AnchorTuned(Method):
         setting = budgets[self.budget]
         if large:
             few = setting.pictures // _FEWER
-            setting = replace(setting, pictures=few, batch=16, painted=32, rate=0.0, norm_rate=3e-2, source="both")
+            setting = replace(setting, pictures=few, batch=16, painted=32, rate=0.0, norm_rate=3e-2, clip=0.5, source="both")
         given = {each.name: getattr(self, each.name, None) for each in fields(_Setting)}
         return replace(setting, **{name: value for name, value in given.items() if value is not None})
 

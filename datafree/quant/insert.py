@@ -54,12 +54,13 @@ def plan_of(student: nn.Module) -> Plan:
 
 def find_module(model: nn.Module, name: str) -> nn.Module:
     """The submodule called ``name``. Raises TargetError, naming the closest matches."""
-    table: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
-    if name not in table:
-        close = difflib.get_close_matches(name, [each for each in table if each], n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(list(table)[1:6])} and so on"
-        raise TargetError(f"the network has no module {name!r}: {hint}")
-    return table[name]
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        known = [each for each, _ in model.named_modules(remove_duplicate=False) if each]
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(known[:5])} and so on"
+        raise TargetError(f"the network has no module {name!r}: {hint}") from None
 
 
 def quantized_layers(student: nn.Module) -> dict[str, nn.Module]:
