@@ -18,7 +18,7 @@ from datafree.export.runtime import open_file
 from datafree.measure.verify import Verification, verify
 from datafree.plan import WEIGHT_BITS, Target
 from datafree.task import Task
-from networks import NAMES, PICTURE, build, conv_bn
+from networks import NAMES, build
 
 RUNNABLE = [name for name in NAMES if name != "branching"]  # which torch.export cannot follow
 
@@ -36,12 +36,8 @@ def checked(student: nn.Module, task: Task, folder: Path, style: Style | None = 
 
 @pytest.mark.parametrize("bits", WEIGHT_BITS)
 def test_every_width_of_weights_and_activations(bits: int, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        *conv_bn(3, 8, stride=2), nn.ReLU6(), *conv_bn(8, 8, groups=8), nn.ReLU6(), *conv_bn(8, 12, 1), nn.Flatten(), nn.Linear(768, 5)
-    )  # fmt: skip
-    student = quantize(model, PICTURE, method="rtn", target=Target(bits, bits)).student
-    prepared, found = checked(student, PICTURE, tmp_path)
+    student, task = student_of("mobilenet", Target(bits, bits))
+    prepared, found = checked(student, task, tmp_path)
     assert found.points and not found.differences and not found.fell_back
     assert len(prepared.integer) == found.layers == sum(kernel.integer for kernel in found.kernels.values())
 

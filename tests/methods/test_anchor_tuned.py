@@ -39,7 +39,6 @@ def quantized(**fields: object) -> nn.Module:
         return datafree.methods()["anchor-tuned"](**QUICK | fields).run(MODEL, TASK, TARGET, Ctx.create(0))
 
 
-@few_pictures
 def test_training_comes_nearer_to_the_network_on_pictures_it_has_not_seen() -> None:
     painting = Painting(steps=30, rate=0.1, falling="cosine", batch=128, start="mix", per_image=False, share="layer")
     unseen, lost = Pixels(MODEL, TASK, Ctx.create(99), painting).sample(128).inputs, []
