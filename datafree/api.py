@@ -26,15 +26,19 @@ from datafree.export.files import write_whole
 from datafree.export.float_weights import weights_hash
 from datafree.export.weights import load_student, save_student
 from datafree.fit import resumable
+from datafree.graph.coverage import coverage
 from datafree.graph.flow import read
+from datafree.graph.plain import teacher_of
 from datafree.graph.swap import frozen_copy
+from datafree.input_check import input_warning
 from datafree.measure.estimate import estimate_drop
 from datafree.measure.fidelity import fidelity
 from datafree.measure.layers import LayerReport, layer_report
 from datafree.method import Method, find_method
 from datafree.networks import check_network
 from datafree.plan import Plan, QSpec, Target
-from datafree.quant.insert import plan_of, quantizers
+from datafree.quant.insert import plan_of, quantized_layers, quantizers
+from datafree.quant.limits import limit_inputs
 from datafree.quant.settle import settle
 from datafree.report.runs import LAYERS_FILE, PICTURES_FILE, PLAN_FILE, RUN_FILE, STUDENT_FILE
 from datafree.synth.prior import Family, pictures
@@ -263,7 +267,10 @@ def quantize(
     notes: list[str] = []
     kept: list[Tensor] = []
     ctx = replace(Ctx.create(seed, device, _noting(notes, on_event)), on_pictures=kept.append)
-    teacher = frozen_copy(model, ctx.device)
+    teacher = teacher_of(model, task, ctx.device)
+    flow = read(teacher, task, ctx)
+    if warning := input_warning(teacher, flow, task):
+        ctx.note(warning)
     asked: dict[str, object] = {
         "versions": {"datafree": version("datafree"), "torch": torch.__version__, "python": platform.python_version()},
         "weights_hash": weights_hash(model),
@@ -280,6 +287,9 @@ def quantize(
         student = student_of(chosen, teacher, task, target, ctx)
     seconds = time.perf_counter() - start
     plan = plan_of(student)
+    covered = coverage(flow, teacher, quantized_layers(student))
+    if covered.floats:
+        ctx.note(f"stay in float: {'; '.join(f'{name}: {reason}' for name, reason in covered.floats.items())}")
     run = asked | {
         "protocol": target.protocol,
         "data": "none",
@@ -287,6 +297,7 @@ def quantize(
         "peak_memory_bytes": _peak_memory(ctx.device),
         "float_bytes": float_bytes(model),
         "packed_bytes": packed_bytes(student),
+        "coverage": asdict(covered),
         "task": asdict(task),
         "fidelity": asdict(fidelity(teacher, student, task, torch.Generator(ctx.device).manual_seed(seed), n=_inputs(task))),
         "notes": notes,
@@ -327,8 +338,11 @@ def student_of(method: Method, teacher: nn.Module, task: Task, target: Target, c
     Raises DatafreeError as :func:`quantize` does.
     """
     student = method.run(teacher, task, target, ctx).eval()
-    if target.protocol == "deploy" and quantizers(student):
-        settle(student, read(teacher, task, replace(ctx, on_event=lambda event: None)))
+    if quantizers(student):
+        flow = read(teacher, task, ctx)
+        limit_inputs(student, flow, task)
+        if target.protocol == "deploy":
+            settle(student, flow)
     parallel.align(student.state_dict().values())
     _check_contract(teacher, student, task, target)
     return student

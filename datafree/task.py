@@ -8,6 +8,10 @@ from torch import Tensor, nn
 
 from datafree.errors import NetworkError
 
+# Mean and standard deviation of the pixels of photographs, black is 0 and white is 1.
+PHOTOGRAPHS = (0.45, 0.25)
+_OF_DATA = ((0.05, 0.95), (0.1, 0.4))  # a mean and a standard deviation within these may be those of a data set
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
@@ -40,18 +44,55 @@ class Task:
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """From pixels in [0, 1] to what the network expects. pixels: (n, *shape)."""
-        sizes = (-1,) + (1,) * (len(self.shape) - 1)
-        mean = torch.tensor(self.mean, dtype=pixels.dtype, device=pixels.device).view(sizes)
-        std = torch.tensor(self.std, dtype=pixels.dtype, device=pixels.device).view(sizes)
+        mean, std = (self._per_channel(values, pixels) for values in (self.mean, self.std))
         return (pixels - mean) / std
 
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The least and the largest value that an input may hold: black and white, normalised."""
+        ends = [(end - mean) / std for mean, std in zip(*_paired(self.mean, self.std), strict=True) for end in (0.0, 1.0)]
+        return min(ends), max(ends)
+
+    @property
+    def pixel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of synthetic pixels, in [0, 1], for each channel or for all.
+
+        The task's own where they may be those of a data set, as ImageNet's are. Values such as mean 0.5 with std 0.5, or mean 0 with
+        std 1/255, only set the range of the inputs: then those of photographs.
+        """
+        (lowest, highest), (least, most) = _OF_DATA
+        known = all(lowest <= mean <= highest for mean in self.mean) and all(least <= std <= most for std in self.std)
+        return (self.mean, self.std) if known else ((PHOTOGRAPHS[0],), (PHOTOGRAPHS[1],))
+
+    @property
+    def input_moments(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of synthetic inputs, that is of normalised pixels, for each channel or for all."""
+        rows = list(zip(*_paired(self.mean, self.std, *self.pixel_statistics), strict=True))
+        return tuple((of - mean) / std for mean, std, of, _ in rows), tuple(spread / std for _, std, _, spread in rows)
+
+    def scaled(self, standard: Tensor) -> Tensor:
+        """Inputs with the mean and spread of :attr:`input_moments` from values with mean 0 and variance 1, (n, *shape)."""
+        mean, std = (self._per_channel(values, standard) for values in self.input_moments)
+        return mean + std * standard
+
+    def pictured(self, standard: Tensor) -> Tensor:
+        """Inputs made of pixels between black and white from values with mean 0 and variance 1, (n, *shape)."""
+        mean, std = (self._per_channel(values, standard) for values in self.pixel_statistics)
+        return self.normalise((mean + std * standard).clamp(0, 1))
+
     def noise(self, n: int, generator: torch.Generator) -> Tensor:
-        """Standard normal inputs, (n, *shape): the simplest source of inputs there is."""
-        return torch.randn(n, *self.shape, generator=generator, device=generator.device)
+        """Inputs of independent normal pixels, (n, *shape): the simplest source of inputs there is."""
+        return self.pictured(torch.randn(n, *self.shape, generator=generator, device=generator.device))
 
     def run(self, model: nn.Module, inputs: Tensor) -> Tensor:
-        """The network's answer to ``inputs``. Raises NetworkError where no tensor stands at ``output``."""
-        return self.answer(model(inputs))
+        """The network's answer to ``inputs``, of which it gets a copy: some networks change their input in place.
+
+        Raises NetworkError where no tensor stands at ``output``.
+        """
+        return self.answer(model(inputs.clone()))
+
+    def _per_channel(self, values: tuple[float, ...], like: Tensor) -> Tensor:
+        return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, *(1 for _ in self.shape[1:]))
 
     def answer(self, result: object) -> Tensor:
         """Pick the answer out of what the network returned."""
@@ -67,3 +108,9 @@ class Task:
         if not isinstance(result, Tensor):
             raise NetworkError(f"the network returned a {type(result).__name__}, not a tensor: name its part with Task.output")
         return result
+
+
+def _paired(*values: tuple[float, ...]) -> list[tuple[float, ...]]:
+    """The tuples at equal length: one value stands for all channels."""
+    length = max(map(len, values))
+    return [each * length if len(each) == 1 else each for each in values]

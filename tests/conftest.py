@@ -44,7 +44,8 @@ def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """anchor draws 8 pictures, and fidelity is told from as many."""
-    monkeypatch.setattr(anchor, "_count", lambda task: 8)
+    monkeypatch.setattr(anchor, "PICTURES", 8)
+    monkeypatch.setattr(anchor, "FEWER", 8)
     monkeypatch.setattr(api, "_inputs", lambda task: 8)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from datafree.task import Task
 
-PICTURE = Task(shape=(3, 16, 16), classes=5)
+PICTURE = Task(shape=(3, 16, 16), mean=(0.5,), std=(0.25,), classes=5)
 
 
 def conv_bn(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> list[nn.Module]:
@@ -289,7 +289,7 @@ _BUILDERS: tuple[tuple[str, Callable[[], nn.Module], Task], ...] = (
     ("twice", Twice, PICTURE),
     ("branching", Branching, PICTURE),
     ("grouped", Grouped, PICTURE),
-    ("sequence", sequence, Task(shape=(4, 32), classes=5)),
+    ("sequence", sequence, Task(shape=(4, 32), mean=(0.5,), std=(0.25,), classes=5)),
     ("without_norm", without_norm, PICTURE),
     ("transformer", Transformer, PICTURE),
 )
@@ -309,5 +309,5 @@ def build(name: str) -> tuple[nn.Module, Task]:
         model.train()
         with torch.no_grad():
             for _ in range(20):
-                model(torch.randn(16, *task.shape))
+                model(task.noise(16, torch.default_generator))
     return model.eval(), task

@@ -52,7 +52,7 @@ def test_what_quantize_gives(result: Result) -> None:
     assert plan_of(result.student) == result.plan and len(result.plan.layers) == 8
     assert set(result.run) == {
         "versions", "weights_hash", "seed", "task", "device", "processes", "method", "fields", "target", "protocol", "data", "seconds",
-        "peak_memory_bytes", "float_bytes", "packed_bytes", "fidelity", "notes",
+        "peak_memory_bytes", "float_bytes", "packed_bytes", "coverage", "fidelity", "notes",
     }  # fmt: skip
     assert (result.run["method"], result.run["protocol"], result.run["data"], result.run["device"]) == ("anchor", "deploy", "none", "cpu")
     packed, full = result.run["packed_bytes"], result.run["float_bytes"]

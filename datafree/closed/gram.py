@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datafree.closed.moments import RHO, Moments
-from datafree.closed.rounding import energy, moment_hessian
+from datafree.closed.rounding import energy, moment_hessian, split
+from datafree.graph.calls import LayerCall, layer_call
 from datafree.graph.flow import Flow, Layer
 from datafree.graph.fold import by_outputs, from_outputs
 
 PATCHES = 6000  # sampled from one batch, at most
+WIDEST = PATCHES  # columns of a covariance; that of wider layers is taken in equal blocks on its diagonal
 Places = tuple[Tensor, ...]
 
 
@@ -46,8 +48,8 @@ class Sums:
     def add(self, patches: Tensor) -> None:
         """Count in ``patches``, (groups, samples, n)."""
         self.centre = patches.mean(1, keepdim=True) if self.centre is None else self.centre
-        patches = patches - self.centre
-        first, second = patches.sum(1), patches.transpose(1, 2) @ patches
+        parts = split(patches - self.centre, blocks_of(patches.shape[2]))
+        first, second = parts.sum(1), parts.transpose(1, 2) @ parts
         self.count += patches.shape[1]
         self.first = first if self.first is None else self.first + first
         self.second = second if self.second is None else self.second + second
@@ -56,7 +58,13 @@ class Sums:
         """Mean and covariance of all that was counted in."""
         assert self.centre is not None and self.first is not None and self.second is not None
         mean = self.first / self.count
-        return Gram(mean + self.centre.squeeze(1), self.second / self.count - mean[:, :, None] * mean[:, None, :])
+        cov = self.second / self.count - mean[:, :, None] * mean[:, None, :]
+        return Gram(mean.reshape(len(self.centre), -1) + self.centre.squeeze(1), cov)
+
+
+def blocks_of(columns: int) -> int:
+    """How many equal blocks a covariance of so many columns is taken in: as few as leave no block wider than WIDEST."""
+    return next(blocks for blocks in range(1, columns + 1) if columns % blocks == 0 and columns // blocks <= WIDEST)
 
 
 def grams(model: nn.Module, flow: Flow, names: Iterable[str], inputs: Tensor, generator: torch.Generator) -> dict[str, Gram]:
@@ -68,7 +76,7 @@ def grams(model: nn.Module, flow: Flow, names: Iterable[str], inputs: Tensor, ge
     if not found:
         return {}
     with torch.no_grad(), watching(model, flow, found, generator):
-        model(inputs)
+        model(inputs.clone())
     return {name: sums.gram() for name, sums in found.items()}
 
 
@@ -89,11 +97,18 @@ def watching(model: nn.Module, flow: Flow, sums: Mapping[str, Sums], generator: 
     for name, found in sums.items():
         module, layer = model.get_submodule(name), flow.layers[name]
 
-        def watch(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, layer: Layer = layer, found: Sums = found) -> None:
-            places = places_of(args[0] if layer.kind == "conv_transpose" else output, layer, generator)
-            found.add(patches(module, layer, args[0], places))
+        def watch(
+            module: nn.Module,
+            args: tuple[object, ...],
+            kwargs: dict[str, object],
+            output: Tensor,
+            layer: Layer = layer,
+            found: Sums = found,
+        ) -> None:
+            call = layer_call(module, args, kwargs)
+            found.add(patches(call, layer, places_of(call.input if layer.kind == "conv_transpose" else output, layer, generator)))
 
-        handles.append(module.register_forward_hook(watch))
+        handles.append(module.register_forward_hook(watch, with_kwargs=True))
     try:
         yield
     finally:
@@ -101,14 +116,15 @@ def watching(model: nn.Module, flow: Flow, sums: Mapping[str, Sums], generator: 
             handle.remove()
 
 
-def patches(module: nn.Module, layer: Layer, x: Tensor, places: Places) -> Tensor:
-    """What the outputs at ``places`` see of the layer's input ``x``: (groups, samples, n)."""
+def patches(call: LayerCall, layer: Layer, places: Places) -> Tensor:
+    """What the outputs at ``places`` see of the layer's input: (groups, samples, n)."""
+    x = call.input
     if layer.kind == "linear":
         return x.flatten(0, -2)[places[0]][None]
     spatial = x.dim() - 2
     if layer.kind == "conv":
-        x = F.pad(x, _padding(module, spatial), mode="constant" if module.padding_mode == "zeros" else str(module.padding_mode))
-        kernel, stride, dilation = (tuple(getattr(module, key)) for key in ("kernel_size", "stride", "dilation"))
+        x = F.pad(x, [side for sides in reversed(call.padding) for side in sides])
+        kernel, stride, dilation = layer.kernel, call.stride, call.dilation
     else:
         kernel, stride, dilation = (1,) * spatial, (1,) * spatial, (1,) * spatial
     taps = torch.cartesian_prod(*(torch.arange(k, device=x.device) for k in kernel)).view(-1, spatial)
@@ -164,17 +180,6 @@ def _per_output(rows: Tensor, layer: Layer) -> Tensor:
         return rows.reshape(-1)
     taps = rows.numel() // (layer.groups * layer.weight_shape[1])
     return rows.reshape(-1, taps).mean(1)  # an output pixel sees one tap of each input where stride is kernel
-
-
-def _padding(module: nn.Module, spatial: int) -> list[int]:
-    """Of both sides of each axis, last axis first, as ``F.pad`` wants it."""
-    padding = module.padding
-    if padding == "valid":
-        return [0] * (2 * spatial)
-    if padding == "same":
-        reach = [d * (k - 1) for k, d in zip(module.kernel_size, module.dilation, strict=True)]  # type: ignore[arg-type]
-        return [side for total in reversed(reach) for side in (total // 2, total - total // 2)]
-    return [size for size in reversed(tuple(padding)) for _ in range(2)]  # type: ignore[arg-type]
 
 
 def _sample(sizes: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Places:

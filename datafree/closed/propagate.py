@@ -3,7 +3,7 @@
 A batch norm makes its output N(beta, gamma^2) whatever stands before it, so only what stands between norms is computed,
 and only on demand. Every value is a pair of maps, means and variances, of the shape of the activation. What is assumed:
 
-- the network's input has mean 0 and variance 1; what a norm gives is normal and its channels are independent;
+- the network's input has the moments of synthetic pictures; what a norm gives is normal and its channels are independent;
 - the two sides of an addition (unless told otherwise) or a product are independent (unless they are the same value);
 - averaging over positions keeps the variance, as if the pixels of a channel were one (an upper bound);
 - a layer sees the average variance of each input channel, and neighbouring pixels correlate by ``RHO``;
@@ -28,7 +28,6 @@ from datafree.graph.flow import ACTIVATIONS, MOVES, Flow
 from datafree.graph.tape import Call, Name, Node, Ref, repeat, tensors_in
 
 Value = Moments | tuple[Moments, ...]  # a tuple where the operation gives several tensors
-
 # Where a norm's function takes its weight and its bias.
 _NORMS: Mapping[Callable[..., object], tuple[int, int]] = MappingProxyType(
     {F.batch_norm: (3, 4), F.instance_norm: (3, 4), F.layer_norm: (2, 3), F.group_norm: (2, 3)}
@@ -97,7 +96,8 @@ def _sources(flow: Flow, node: Node) -> tuple[int, ...]:
 def _value(step: "_Step") -> Value:
     node = step.node
     if node.op == "input":
-        return Moments(step.zero.expand(node.shape), (step.zero + 1).expand(node.shape))
+        by_channel = (torch.tensor(each).to(step.zero).view(-1, *(1,) * len(node.shape[2:])) for each in step.flow.input_moments)
+        return Moments(*(each.expand(node.shape) ** power for power, each in enumerate(by_channel, 1)))
     if node.call is None:
         return step.unknown()
     if node.call.function in _NORMS:

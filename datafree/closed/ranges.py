@@ -10,7 +10,7 @@ the worse case (:func:`datafree.closed.clip.best_range`). What is assumed:
   something in between; all else is Laplacian in both;
 - averages over positions vary as little as pixels that correlate by ``RHO`` let them (light), or as much as the pixels (heavy);
 - the maximum of a window is spread like its pixels;
-- pixels lie evenly between black and white; an input that the task does not normalise is Laplacian with mean 0 and variance 1.
+- pixels lie evenly between black and white.
 """
 
 import math
@@ -59,7 +59,7 @@ def closed_ranges(
             f"the statistics of norms do not tell what passes {', '.join(blind)} (an attention stands before it, for instance): "
             "take activation ranges from pictures or noise instead"
         )
-    light, heavy = (_Model(flow, model, each, pixel_ends(task), each is widest) for each in (moments, widest))
+    light, heavy = (_Model(flow, model, each, task.limits, each is widest) for each in (moments, widest))
     if rule == "aciq":
         found = {point: heavy.values(nodes[point]) for point in points}
         return {point: aciq_range(values, points[point], masses) for point, (values, masses) in found.items()}
@@ -97,14 +97,6 @@ def source_moments(flow: Flow, model: nn.Module, indices: Iterable[int], correla
     return {index: found for index, found in node_moments(flow, model, wanted, correlation).items() if found.known}
 
 
-def pixel_ends(task: Task) -> tuple[float, float] | None:
-    """What the task makes of pixels in [0, 1]; None where it does not normalise and may not be about pixels at all."""
-    if task.mean == (0.0,) and task.std == (1.0,):
-        return None
-    ends = task.normalise(torch.tensor([0.0, 1.0], dtype=torch.float64).view(2, *(1,) * len(task.shape)).expand(2, *task.shape))
-    return float(ends.min()), float(ends.max())
-
-
 @torch.no_grad()
 def activate(model: nn.Module, node: Node, values: Tensor) -> Tensor:
     """The recorded activation function on other values, (n, channels). Raises NetworkError where it has parameters of other channels."""
@@ -135,7 +127,7 @@ class _Model:
     flow: Flow
     network: nn.Module
     moments: Mapping[int, Moments]
-    pixels: tuple[float, float] | None
+    pixels: tuple[float, float]
     heavy: bool
 
     def values(self, nodes: list[int]) -> Maps:
@@ -145,7 +137,7 @@ class _Model:
 
     def source(self, node: Node) -> Maps:
         mean, sd = _by_channel(self.moments[node.index])
-        if node.op == "input" and self.pixels is not None:
+        if node.op == "input":
             ends = torch.linspace(*self.pixels, _POINTS[1], dtype=mean.dtype, device=mean.device)[:, None]
             return ends, torch.full_like(ends, 1 / len(ends))
         points = min(max(_VALUES // mean.numel(), _POINTS[0]), _POINTS[1])

@@ -52,12 +52,12 @@ def look(teacher: nn.Module, student: nn.Module, flow: Flow, inputs: Tensor, ctx
         seen[layer.name] = _look(_channels_second(result, layer), ctx.generator)
 
     handles = []
-    if any(layer.norm for layer in flow.layers.values()):
-        for name, norm in student.named_modules():
-            if isinstance(norm, BatchNorm) and norm.running_mean is not None and len(flow.calls_of.get(name, ())) == 1:
-                watched = teacher.get_submodule(name)
-                handles.append(watched.register_forward_pre_hook(lambda module, args, name=name: enter(name, args[0])))
-    else:
+    norms = [name for name, each in student.named_modules() if isinstance(each, BatchNorm) and each.running_mean is not None]
+    called = [name for name in norms if len(flow.calls_of.get(name, ())) == 1]
+    for name in called:
+        watched = teacher.get_submodule(name)
+        handles.append(watched.register_forward_pre_hook(lambda module, args, name=name: enter(name, args[0])))
+    if not called:
         for name, module in quantized_layers(student).items():
             layer = flow.layers.get(name)
             if layer and len(layer.calls) == 1 and layer.scale_per_output and weight_quantizer(module).spec.axis is not None:
@@ -143,7 +143,7 @@ def _norm_of(model: nn.Module, name: str) -> BatchNorm:
 def _pass(model: nn.Module, inputs: Tensor, handles: Sequence[RemovableHandle]) -> None:
     """Run with hooks that are removed afterwards."""
     try:
-        model(inputs)
+        model(inputs.clone())
     finally:
         for handle in handles:
             handle.remove()

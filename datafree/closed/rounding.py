@@ -3,6 +3,8 @@
 Frantar et al., GPTQ, arXiv 2210.17323. Legend: H the second moment of a layer's inputs; M its lower Cholesky factor, H = M M^T.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from datafree.plan import QSpec
 from datafree.quant.grid import has_zero_points, round_
 
 _BLOCK = 1 << 15  # weights worked on column by column: they stay in the cache, and are too few for torch to start threads
+_PART = 1 << 24  # weights that are rounded at a time, with several copies of them
 _RAISES = (1, 10, 100)  # of the damping
 
 
@@ -56,6 +59,12 @@ def error_feedback(
             rest[:, j] -= code.sub_(zero)
             wanted[:, : j - start].addcmul_(share[:, j, start:j, None], rest[:, j, None])
     return merge(torch.empty_like(codes).scatter_(1, places, codes).transpose(1, 2), blocks).to(torch.int16)
+
+
+def in_parts(rows: Tensor, scale: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Outputs of (groups, out, n) and their scales (groups, out), so many at a time that a copy of them is small."""
+    size = max(1, _PART // (rows.shape[0] * rows.shape[2]))
+    yield from zip(rows.split(size, 1), scale.split(size, 1), strict=True)  # type: ignore[no-untyped-call]
 
 
 def split(rows: Tensor, blocks: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from datafree.closed.absorb import own_norms, shift_output
 from datafree.closed.gram import Gram, Places, Sums, from_rows, output_mean, patches, places_of, rows_of, sampled_outputs
+from datafree.graph.calls import layer_call
 from datafree.graph.flow import Flow, Layer
 from datafree.quant.insert import effective_weight, quantizers
 
@@ -44,13 +45,13 @@ def successive(
         if not followed(layer):
             continue
 
-        def record(module: nn.Module, args: tuple[Tensor, ...], result: Tensor, layer: Layer = layer) -> None:
+        def record(module: nn.Module, args: tuple[object, ...], result: Tensor, layer: Layer = layer) -> None:
             places = places_of(result, layer, generator)
             seen[layer.name] = places, sampled_outputs(result, layer, places)
 
-        def follow(module: nn.Module, args: tuple[Tensor, ...], layer: Layer = layer) -> None:
+        def follow(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], layer: Layer = layer) -> None:
             places, outputs = seen.pop(layer.name)
-            inputs = patches(module, layer, args[0], places)
+            inputs = patches(layer_call(module, args, kwargs), layer, places)
             full = teacher.get_submodule(layer.name).weight
             assert isinstance(full, Tensor)
             wanted, gram = wanted_weight(full, inputs, outputs, layer, ridge)
@@ -61,7 +62,7 @@ def successive(
                 shift_output(student, layer, reached - outputs.mean(1).flatten(), None)
 
         handles.append(teacher.get_submodule(name).register_forward_hook(record))
-        handles.append(student.get_submodule(name).register_forward_pre_hook(follow))
+        handles.append(student.get_submodule(name).register_forward_pre_hook(follow, with_kwargs=True))
     handles += [each.register_forward_hook(lambda module, args, result: args[0]) for each in quantizers(student).values()]
     try:
         yield
@@ -83,10 +84,19 @@ def wanted_weight(full: Tensor, inputs: Tensor, outputs: Tensor, layer: Layer, r
     sums = Sums()
     sums.add(inputs)
     gram = sums.gram()
-    rows = rows_of(full.detach(), layer)
-    cross = (outputs - outputs.mean(1, keepdim=True)).transpose(1, 2) @ (inputs - gram.mean[:, None]) / inputs.shape[1]
-    diagonal = gram.cov.diagonal(dim1=1, dim2=2)
-    mean = diagonal.mean(1, keepdim=True)
-    damped = gram.cov + torch.diag_embed(torch.where(mean > 0, ridge * mean, 1.0).expand_as(diagonal))
-    change = torch.cholesky_solve((cross - rows @ gram.cov).transpose(1, 2), torch.linalg.cholesky(damped)).transpose(1, 2)
-    return from_rows(rows + change, layer), gram
+    rows, samples = rows_of(full.detach(), layer), inputs.shape[1]
+    seen = inputs - gram.mean[:, None]
+    missing = outputs - outputs.mean(1, keepdim=True) - seen @ rows.transpose(1, 2)
+    mean = seen.square().mean((1, 2))
+    penalty = samples * torch.where(mean > 0, ridge * mean, 1.0)
+    if samples < inputs.shape[2]:  # (S' S + p I)^-1 S' = S' (S S' + p I)^-1: the smaller system is solved
+        change = seen.transpose(1, 2) @ _solve(seen @ seen.transpose(1, 2), penalty, missing)
+    else:
+        change = _solve(samples * gram.cov, penalty, seen.transpose(1, 2) @ missing)
+    return from_rows(rows + change.transpose(1, 2), layer), gram
+
+
+def _solve(matrix: Tensor, penalty: Tensor, wanted: Tensor) -> Tensor:
+    """(matrix + penalty I)^-1 wanted, for each group; matrix: (groups, n, n), changed in place, penalty: (groups,)."""
+    matrix.diagonal(dim1=1, dim2=2).add_(penalty[:, None])
+    return torch.cholesky_solve(wanted, torch.linalg.cholesky(matrix))

@@ -1,7 +1,7 @@
 """Who feeds whom: the layers of a network, what follows each of them, and where the network branches and joins."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Literal, get_args
@@ -89,6 +89,7 @@ class Flow:
         outputs: the nodes that the network returns.
         layers: the layers that can be quantized, by name.
         floats: layers that cannot, each with the reason.
+        input_moments: mean and standard deviation of synthetic inputs, for each channel or for all; see ``Task.input_moments``.
     """
 
     nodes: tuple[Node, ...]
@@ -96,6 +97,7 @@ class Flow:
     outputs: tuple[int, ...]
     layers: Mapping[str, Layer]
     floats: Mapping[str, str]
+    input_moments: tuple[tuple[float, ...], tuple[float, ...]] = ((0.0,), (1.0,))
 
     @cached_property
     def consumers(self) -> tuple[tuple[int, ...], ...]:
@@ -127,12 +129,8 @@ class Flow:
 
 
 def read(model: nn.Module, task: Task, ctx: Ctx) -> Flow:
-    """:func:`flow` on noise of the task's shape, always the same; layers that cannot be quantized are noted."""
-    found = flow(model, task.noise(2, torch.Generator(ctx.device).manual_seed(0)))
-    if found.floats:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in found.floats.items())
-        ctx.note(f"layers that stay in float: {reasons}")
-    return found
+    """:func:`flow` on noise of the task's shape, always the same."""
+    return replace(flow(model, task.noise(2, torch.Generator(ctx.device).manual_seed(0))), input_moments=task.input_moments)
 
 
 def flow(model: nn.Module, example: Tensor) -> Flow:

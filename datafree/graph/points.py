@@ -6,12 +6,16 @@ residual trunk, is quantized once for all of them: where the module that makes i
 modules that read it.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
 from datafree.graph.flow import Flow
 
+REACH = 1.5  # how many times as far as on synthetic inputs the averages of a whole picture may reach on the data
+_MANY = 16  # positions that such an average is taken over, at least
+_AVERAGES = frozenset(("mean", "avg_pool", "adaptive_avg_pool"))
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -32,6 +36,25 @@ def points(flow: Flow, modules: Mapping[str, nn.Module], index: int) -> tuple[tu
     spans = {call.module: range(call.start, call.stop) for call in flow.module_calls if call.module in entered.values()}
     kept = [name for use, name in entered.items() if not any(use in span for other, span in spans.items() if other != name)]
     return _inputs(kept), tuple(use for use in uses if use not in entered)
+
+
+def averaged(flow: Flow, points: Iterable[str]) -> dict[str, float]:
+    """REACH for each of the points that only averages over many positions pass.
+
+    What one position holds is known from norms, but pictures of one thing differ more in their averages than pictures of many do.
+    """
+    found = {}
+    for point in points:
+        name, _, side = point.rpartition(":")
+        nodes = [call.input if side == "input" else call.output for call in flow.calls_of.get(name, ())]
+        if nodes and all(index is not None and _is_average(flow, flow.origin(index)) for index in nodes):
+            found[point] = REACH
+    return found
+
+
+def _is_average(flow: Flow, index: int) -> bool:
+    node = flow.nodes[index]
+    return node.op in _AVERAGES and math.prod(flow.nodes[node.inputs[0]].shape) >= _MANY * math.prod(node.shape)
 
 
 def _inputs(names: object) -> tuple[str, ...]:

@@ -19,6 +19,10 @@ def frozen_copy(model: nn.Module, device: torch.device | None = None) -> nn.Modu
         shared[id(parameter)] = nn.Parameter(_moved(parameter.data, device), requires_grad=False)
     for buffer in model.buffers():
         shared[id(buffer)] = _moved(buffer.data, device)
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:  # the weight that a norm of weights has computed: no copy may be made
+                shared[id(value)] = _moved(value.detach(), device)
     try:
         return copy.deepcopy(model, shared).eval()
     except (RuntimeError, TypeError, NotImplementedError) as error:

@@ -135,6 +135,7 @@ class Tape:
 def record(model: nn.Module, example: Tensor) -> Tape:
     """Run ``model`` once in eval mode on ``example`` (n, *shape) and record it. Raises FlowError where the network refuses the input."""
     _refuse_compiled(model)
+    example = example.clone()  # the network may change its input in place
     recorder = _Recorder(model, example)
     try:
         with _evaluating(model), torch.no_grad(), recorder:
@@ -296,7 +297,7 @@ class _Recorder(TorchFunctionMode):
         changed = [each for each, version in zip(given, versions, strict=True) if each._version != version]
         if func == Tensor.data.__set__:  # type: ignore[attr-defined]
             changed = given[:1]
-        if self._keep(_op_name(func), call, inputs, result, changed) and stale is not None:
+        if self._keep(op_name(func), call, inputs, result, changed) and stale is not None:
             raise FlowError(
                 f"{self._here()} reads a tensor that {stale} changed in place through a view of it: this cannot be followed; "
                 "use the out-of-place form there"
@@ -347,7 +348,8 @@ def _item(values: object, place: int) -> Tensor:
     return list(tensors_in(values))[place]
 
 
-def _op_name(function: Callable[..., object]) -> str:
+def op_name(function: Callable[..., object]) -> str:
+    """What :class:`Node` calls the operation of a torch function."""
     parts = (resolve_name(function) or getattr(function, "__name__", "unknown")).split(".")
     if parts[-1] == "__get__":  # a property such as Tensor.T
         parts.pop()

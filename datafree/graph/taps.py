@@ -103,7 +103,7 @@ def channels_last(model: nn.Module, inputs: Tensor) -> Tensor:
     laid_out = inputs.contiguous(memory_format=torch.channels_last)
     try:
         with torch.no_grad():
-            model(laid_out[:2])
+            model(laid_out[:2].clone())
     except RuntimeError:
         return inputs
     return laid_out
@@ -143,7 +143,7 @@ def calls(model: nn.Module, inputs: Tensor) -> list[tuple[str, nn.Module, tuple[
 
     handles = [watch(name, module) for name, module in model.named_modules()]
     try:
-        model(inputs)
+        model(inputs.clone())
     finally:
         for handle in handles:
             handle.remove()

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from datafree.bits.allocate import make_plan
@@ -21,11 +22,13 @@ from datafree.closed.ranges import closed_ranges
 from datafree.closed.recalibrate import spread_ratio
 from datafree.closed.refine import refine
 from datafree.closed.regress import Seen, answers, distance, look, regress
-from datafree.closed.rounding import error_feedback, shrink
+from datafree.closed.rounding import error_feedback, in_parts, shrink
 from datafree.closed.successive import followed, successive
 from datafree.context import Ctx
 from datafree.graph.flow import Flow, Layer, read
 from datafree.graph.fold import BatchNorm, norm_vectors
+from datafree.graph.memory import inputs_within
+from datafree.graph.points import averaged
 from datafree.graph.taps import anchored, channels_last
 from datafree.method import Method, method, option
 from datafree.plan import Plan, QSpec, Target
@@ -37,6 +40,8 @@ from datafree.synth.noise import Pictures, source_of
 from datafree.synth.prior import pictures
 from datafree.task import Task
 
+LARGE = 64  # pixels of a side: of larger pictures FEWER are drawn
+PICTURES, FEWER = 256, 64  # fewer still where their activations would not fit into memory
 REFINED_BITS = 4  # up to so many bits codes and scales are chosen together: above, it gains next to nothing
 
 
@@ -73,7 +78,8 @@ class Anchor(Method):
         """Make the student: measure, plan, round, range, recalibrate."""
         flow = read(teacher, task, ctx)
         drawn = "pictures" in (self.statistics, self.act_range) or self.own_inputs or self.recalibration != "none"
-        inputs = channels_last(teacher, source_of(self.family, teacher, task, ctx).sample(_count(task)).inputs) if drawn else None
+        count = inputs_within(flow, PICTURES if max(task.shape[1:], default=1) <= LARGE else FEWER)
+        inputs = channels_last(teacher, source_of(self.family, teacher, task, ctx).sample(count).inputs) if drawn else None
         statistics = self._statistics(teacher, flow, target, inputs, ctx)
         plan = make_plan(flow, teacher, target, _spec, ctx, self._widths(flow, teacher, target, statistics) if is_mixed(target) else None)
         student = insert(teacher, plan)
@@ -140,12 +146,13 @@ class Anchor(Method):
             return quantize(weight, scale, zero, spec), scale, zero
         per_row = rows_of(broadcast(scale, spec, weight).expand(weight.shape), layer)[..., 0]
         hessian = shrink(gram.cov, self.shrinkage)
-        if self.refine and spec.bits <= REFINED_BITS and layer.kind != "conv_transpose":  # whose scales serve several rows
-            codes, per_row = refine(rows, hessian, per_row, spec)
-            scale = per_row.flatten()
-        else:
-            codes = error_feedback(rows, hessian, per_row, spec)
-        return from_rows(codes, layer), scale, zero
+        refined = self.refine and spec.bits <= REFINED_BITS and layer.kind != "conv_transpose"  # whose scales serve several rows
+        found = [
+            refine(some, hessian, steps, spec) if refined else (error_feedback(some, hessian, steps, spec), steps)
+            for some, steps in in_parts(rows, per_row)
+        ]
+        codes, per_row = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+        return from_rows(codes, layer), per_row.flatten() if refined else scale, zero
 
     def _correct(self, student: nn.Module, layer: Layer, full: Tensor, gram: Gram, norm: BatchNorm | None) -> None:
         """Keep mean and variance of the output: in its own batch norm, or in the layer's bias and scale."""
@@ -185,7 +192,7 @@ class Anchor(Method):
         else:
             probe = insert(teacher, Plan({}, points))
             with anchored(probe):
-                observe(probe, [inputs], "mse", task.run)
+                observe(probe, [inputs], "mse", task.run, averaged(flow, points))
             found = {point: (quantizer.scale, quantizer.zero) for point, quantizer in quantizers(probe).items()}
         for point, quantizer in quantizers(student).items():
             quantizer.set(*found[point])
@@ -193,8 +200,3 @@ class Anchor(Method):
 
 def _spec(layer: Layer, bits: int) -> QSpec:
     return QSpec(bits, axis=layer.out_axis, grid="ternary" if bits == 2 else "uniform")
-
-
-def _count(task: Task) -> int:
-    """256 pictures of 32 px, 64 of 224 px."""
-    return 256 if max(task.shape[1:]) <= 64 else 64

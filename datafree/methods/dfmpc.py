@@ -19,18 +19,16 @@ from datafree.closed.recalibrate import recalibrate
 from datafree.context import Ctx
 from datafree.errors import NetworkError
 from datafree.graph.chains import roles
-from datafree.graph.flow import Layer, read
+from datafree.graph.flow import Flow, Layer, read
 from datafree.graph.fold import BatchNorm, by_outputs, norm_vectors
-from datafree.graph.taps import anchored
 from datafree.method import Method, method, option
 from datafree.plan import QSpec, Target
 from datafree.quant.insert import assign, codes_of, effective_weight, insert, latent_weight, quantizers, weight_quantizer
-from datafree.quant.observe import observe, observe_noise
 from datafree.quant.ranges import fit, optimal_ternary, twn
+from datafree.synth.calibrate import calibrate
 from datafree.synth.noise import Pictures, source_of
 from datafree.task import Task
 
-PICTURES = 32  # that tell the ranges of activations, as many as of noise
 HOMOGENEOUS = frozenset(("relu", "leaky_relu", "prelu"))  # f(c x) = c f(x) for c >= 0
 
 
@@ -46,7 +44,7 @@ class DFMPC(Method):
     non-negative. They are folded before the activation, where a residual sum or several consumers do no harm. Depthwise
     layers have a scale for each channel. A low layer whose activation is not homogeneous is repaired as in ``plus``. The first
     and last layer and shortcuts, on which the paper is silent, get the higher width. Weights need no inputs, the ranges of
-    activations do: batch norms normalise by the batch while noise or pictures (``ranges_on``) pass.
+    activations do: batch norms normalise by the batch while pictures (``ranges_on``) pass.
     """
 
     mode: Literal["plus", "faithful"] = option("plus", "plus: decoupled scale and offset; faithful: as published")
@@ -55,8 +53,8 @@ class DFMPC(Method):
     lambda2: float = option(0.0, "faithful: ridge on the coefficients", at_least=0)
     rho: float = option(0.6, "assumed correlation of neighbouring pixels in the inputs of a layer", at_least=0, at_most=1)
     act_range: Literal["mse", "minmax"] = option("mse", "range of the activations: least squared error, or min-max")
-    ranges_on: Literal["noise", Pictures] = option(
-        "noise", "what tells the ranges of activations: Gaussian noise, procedural pictures, or ones optimised as ZeroQ's (distilled)"
+    ranges_on: Pictures = option(
+        "mix", "what tells the ranges of activations: procedural pictures, white noise, or pictures optimised as ZeroQ's (distilled)"
     )
 
     def run(self, teacher: nn.Module, task: Task, target: Target, ctx: Ctx) -> nn.Module:
@@ -88,16 +86,12 @@ class DFMPC(Method):
             served = student.get_submodule(norm)
             assert isinstance(served, BatchNorm)
             scale_norm(served, solve(numerator, denominator, self.lambda2))
-        self._range(student, teacher, task, ctx)
+        self._range(student, flow, teacher, task, ctx)
         return student
 
-    def _range(self, student: nn.Module, teacher: nn.Module, task: Task, ctx: Ctx) -> None:
-        if self.ranges_on == "noise":
-            observe_noise(student, task, self.act_range, ctx)
-        elif quantizers(student):
-            inputs = source_of(self.ranges_on, teacher, task, ctx).sample(PICTURES).inputs
-            with anchored(student):
-                observe(student, [inputs], self.act_range, task.run)
+    def _range(self, student: nn.Module, flow: Flow, teacher: nn.Module, task: Task, ctx: Ctx) -> None:
+        if quantizers(student):
+            calibrate(student, flow, task, source_of(self.ranges_on, teacher, task, ctx), self.act_range)
 
     def _spec(self, layer: Layer, bits: int, low: bool) -> QSpec:
         if bits == 2 and not layer.depthwise and (low or self.mode == "plus"):

@@ -17,7 +17,7 @@ from datafree.closed.correct import output_shift
 from datafree.closed.equalize import absorb_biases, equalize_layers, fold_weights
 from datafree.closed.moments import Moments
 from datafree.closed.propagate import layer_inputs
-from datafree.closed.ranges import activate, follow, pixel_ends, point_nodes, source_moments, sources
+from datafree.closed.ranges import activate, follow, point_nodes, source_moments, sources
 from datafree.context import Ctx
 from datafree.graph.flow import ACTIVATIONS, Flow, Layer, read
 from datafree.graph.fold import by_outputs
@@ -25,8 +25,9 @@ from datafree.graph.tape import Node
 from datafree.method import Method, method, option
 from datafree.plan import QSpec, Target
 from datafree.quant.insert import effective_weight, insert, latent_weight, quantizers
-from datafree.quant.observe import observe_noise
 from datafree.quant.ranges import from_range
+from datafree.synth.calibrate import calibrate
+from datafree.synth.source import Prior
 from datafree.task import Task
 
 _GRID = 129  # places at which an activation function is looked at between the ends of its input
@@ -42,7 +43,7 @@ class DFQ(Method):
 
     Reconstructed: only the first page of the paper could be read; the rest follows quic/aimet and jakc4103/DFQ.
     Differs: batch norms keep their place and only shift. ReLU6 stays where it is, and by default the function too (see
-    ``closed.equalize``). Where no batch norm tells the moments, ranges come from noise.
+    ``closed.equalize``). Where no batch norm tells the moments, ranges come from procedural pictures.
     """
 
     equalize: bool = option(True, "even out the ranges of weights across layers")
@@ -96,15 +97,15 @@ class DFQ(Method):
         return mixed_widths(flow, model, target, lost, self._spec)
 
     def _range(self, student: nn.Module, flow: Flow, model: nn.Module, task: Task, ctx: Ctx) -> None:
-        """Every activation range: in closed form where moments are known, from noise where not."""
+        """Every activation range: in closed form where moments are known, from pictures where not."""
         points = quantizers(student)
         nodes = {point: point_nodes(flow, point) for point in points}
         moments = source_moments(flow, model, (index for found in nodes.values() for index in found))
-        ends = _Ends(flow, model, moments, pixel_ends(task), self.sigmas)
+        ends = _Ends(flow, model, moments, task.limits, self.sigmas)
         blind = [point for point, found in nodes.items() if not found or not all(map(ends.known, found))]
         if blind:
-            ctx.note(f"activation ranges from noise, as batch norms do not tell them: {', '.join(blind)}")
-            observe_noise(student, task, "minmax", ctx)
+            ctx.note(f"activation ranges from procedural pictures, as batch norms do not tell them: {', '.join(blind)}")
+            calibrate(student, flow, task, Prior("mix", task, ctx.generator), "minmax")
         for point in set(points).difference(blind):
             low, high = _widest([follow(flow, index, ends.source, ends.join) for index in nodes[point]])
             points[point].set(*from_range(torch.tensor(low, device=ctx.device), torch.tensor(high, device=ctx.device), points[point].spec))
@@ -120,15 +121,15 @@ class _Ends:
     flow: Flow
     model: nn.Module
     moments: Mapping[int, Moments]
-    pixels: Ends | None
+    pixels: Ends
     sigmas: float
 
     def known(self, index: int) -> bool:
         found = sources(self.flow, index)
-        return all(each in self.moments if self.flow.nodes[each].op != "input" else self.pixels is not None for each in found)
+        return all(each in self.moments or self.flow.nodes[each].op == "input" for each in found)
 
     def source(self, node: Node) -> Ends:
-        if node.op == "input" and self.pixels is not None:
+        if node.op == "input":
             return self.pixels
         mean, reach = self.moments[node.index].mean, self.sigmas * self.moments[node.index].var.sqrt()
         return float((mean - reach).min()), float((mean + reach).max())

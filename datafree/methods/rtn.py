@@ -18,8 +18,9 @@ from datafree.graph.fold import by_outputs
 from datafree.method import Method, method, option
 from datafree.plan import QSpec, Target
 from datafree.quant.insert import effective_weight, insert, latent_weight, quantizers, weight_quantizer
-from datafree.quant.observe import observe_noise
 from datafree.quant.ranges import fit
+from datafree.synth.calibrate import calibrate
+from datafree.synth.source import Prior
 from datafree.task import Task
 
 
@@ -27,7 +28,7 @@ from datafree.task import Task
 class RoundToNearest(Method):
     """Every weight to the nearest point of its grid, with a choice of ranges.
 
-    Activation ranges come from Gaussian noise sent through the network while its batch norms normalise by the batch, or from the
+    Activation ranges come from procedural pictures sent through the network while its batch norms normalise by the batch, or from the
     statistics of batch norms without any input, which takes a network whose norms tell what passes every point (no attention).
     Optionally the shift of each layer's mean output is taken off (arXiv 1906.04721, section 4.2). ACIQ: arXiv 1810.05723. HQQ:
     github.com/mobiusml/hqq.
@@ -40,7 +41,7 @@ class RoundToNearest(Method):
     )
     act_range: Literal["mse", "minmax", "aciq", "closed"] = option(
         "mse",
-        "range of the activations: least squared error or min-max on noise; from the statistics of norms alone the clip of ACIQ, or the "
+        "range of the activations: least squared error or min-max on pictures; from the statistics of norms alone the clip of ACIQ, or the "
         "range of least expected squared error (closed)",
     )
     rounding: Literal["nearest", "hqq"] = option(
@@ -82,7 +83,7 @@ class RoundToNearest(Method):
 
     def _range(self, student: nn.Module, teacher: nn.Module, flow: Flow, task: Task, ctx: Ctx) -> None:
         if self.act_range == "mse" or self.act_range == "minmax":
-            observe_noise(student, task, self.act_range, ctx)
+            calibrate(student, flow, task, Prior("mix", task, ctx.generator), self.act_range)
             return
         points = quantizers(student)
         specs = {point: quantizer.spec for point, quantizer in points.items()}

@@ -11,6 +11,7 @@ from datafree.context import Ctx
 from datafree.errors import NetworkError
 from datafree.graph.flow import Flow, Layer, read
 from datafree.graph.fold import by_outputs, from_outputs
+from datafree.graph.memory import inputs_within
 from datafree.method import Method, method, option
 from datafree.plan import Plan, QSpec, Target
 from datafree.quant.grid import broadcast
@@ -61,18 +62,18 @@ class SQuant(Method):
 
 
 def _range(student: nn.Module, teacher: nn.Module, flow: Flow, task: Task, ctx: Ctx) -> None:
-    """Set the activation ranges of ``student`` from uniform noise in [0, 1] that runs through the float network."""
+    """Set the activation ranges of ``student`` from uniform noise, black to white, that runs through the float network."""
     points = quantizers(student)
     if not points:
         return
     probe = insert(teacher, Plan({}, {point: quantizer.spec for point, quantizer in points.items()}))
     seen = {point: _Spread() for point in points}
-    noise = (torch.rand(_BATCH, *task.shape, generator=ctx.generator, device=ctx.device) for _ in range(_NOISE // _BATCH))
+    batch = inputs_within(flow, _BATCH)
+    noise = (task.normalise(torch.rand(batch, *task.shape, generator=ctx.generator, device=ctx.device)) for _ in range(_NOISE // _BATCH))
     watch(probe, noise, {point: each.watch for point, each in seen.items()}, task.run)
-    pictures = task.normalise(torch.stack([torch.zeros(task.shape), torch.ones(task.shape)]))
     at_first = {f"{layer.name}:input" for layer in flow.layers.values() if layer.first}
     for point, quantizer in points.items():
-        low, high = (pictures.amin(), pictures.amax()) if point in at_first else seen[point].ends(point, quantizer.spec.bits)
+        low, high = map(torch.tensor, task.limits) if point in at_first else seen[point].ends(point, quantizer.spec.bits)
         quantizer.set(*from_range(low, high, quantizer.spec))
 
 

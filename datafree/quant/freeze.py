@@ -4,8 +4,8 @@ import copy
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
+from datafree.graph.plain import remove_parametrization
 from datafree.plan import QSpec
 from datafree.quant.insert import codes_of, latent_weight, quantized_layers, weight_quantizer
 from datafree.quant.quantizer import Quantizer
@@ -40,10 +40,7 @@ def materialise(student: nn.Module) -> nn.Module:
     """
     plain = copy.deepcopy(student)
     for layer in quantized_layers(plain).values():
-        # a copy shares the class that torch made for the original, and taking the parametrization off edits that class
-        shared = type(layer)
-        layer.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
-        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+        remove_parametrization(layer, "weight")
     return plain
 
 

@@ -189,14 +189,15 @@ def _insert_point(student: nn.Module, point: str, spec: QSpec) -> None:
     quantizer.train(module.training)
     module.add_module(f"{side}_quantizer", quantizer)
     if side == "input":
-        module.register_forward_pre_hook(_quantize_input)
+        module.register_forward_pre_hook(_quantize_input, with_kwargs=True)
     else:
         module.register_forward_hook(_quantize_output)
 
 
-def _quantize_input(module: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
-    """Quantize the first tensor among the positional arguments."""
-    return _quantize_first(module, args, "input")
+def _quantize_input(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[tuple[object, ...], dict[str, object]]:
+    """Quantize the first tensor among the arguments, those without a name first."""
+    values = _quantize_first(module, (*args, *kwargs.values()), "input")
+    return values[: len(args)], dict(zip(kwargs, values[len(args) :], strict=True))
 
 
 def _quantize_output(module: nn.Module, args: tuple[object, ...], result: object) -> object:
@@ -214,4 +215,4 @@ def _quantize_first(module: nn.Module, values: tuple[object, ...], side: _Side) 
     for index, value in enumerate(values):
         if isinstance(value, Tensor):
             return (*values[:index], module.get_submodule(f"{side}_quantizer")(value), *values[index + 1 :])
-    raise NetworkError(f"{type(module).__name__} has no tensor among its positional {side}s to quantize: choose another point")
+    raise NetworkError(f"{type(module).__name__} has no tensor among its {side}s to quantize: choose another point")

@@ -3,41 +3,35 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
-from datafree.context import Ctx
 from datafree.errors import NetworkError
-from datafree.graph.taps import anchored
 from datafree.plan import QSpec
 from datafree.quant.insert import quantizers
 from datafree.quant.quantizer import Quantizer
 from datafree.quant.ranges import Rule, channel_rows, fit, from_range
-from datafree.task import Task
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
 _SAMPLE = 200_000
 _THIN = (5**0.5 - 1) / 2  # the golden ratio: its stride falls into step with no number of channels
-_NOISE = 32  # inputs of noise
-
-
-def observe_noise(student: nn.Module, task: Task, rule: Rule, ctx: Ctx) -> None:
-    """Set every activation range from Gaussian noise, while batch norms normalise by the batch.
-
-    Without that, noise would leave the deeper layers far from the values that pictures bring about.
-    """
-    if quantizers(student):
-        with anchored(student):
-            observe(student, [task.noise(_NOISE, ctx.generator)], rule, task.run)
 
 
 @torch.no_grad()
-def observe(student: nn.Module, batches: Iterable[Tensor], rule: Rule, run: Callable[[nn.Module, Tensor], object]) -> None:
+def observe(
+    student: nn.Module,
+    batches: Iterable[Tensor],
+    rule: Rule,
+    run: Callable[[nn.Module, Tensor], object],
+    reach: Mapping[str, float] = MappingProxyType({}),
+) -> None:
     """Set the range of every activation quantizer from what passes it while ``run(student, batch)`` is called.
 
     Meanwhile activations pass unchanged, weights are quantized, and the student stays in its mode (call ``eval`` first). Of more than
-    200 000 values at a point ``mse`` looks at a part, and at the extremes. Raises NetworkError, naming points that saw nothing.
+    200 000 values at a point ``mse`` looks at a part, and at the extremes. ``reach``: of some points, how many times as far as what was
+    seen values may reach; half of them are taken to. Raises NetworkError, naming points that saw nothing.
     """
     points = quantizers(student)
     if not points:
@@ -46,7 +40,7 @@ def observe(student: nn.Module, batches: Iterable[Tensor], rule: Rule, run: Call
     watch(student, batches, {point: each.watch for point, each in seen.items()}, run)
     _check_seen([point for point in points if seen[point].low is None])
     for point, quantizer in points.items():
-        quantizer.set(*seen[point].range(rule))
+        quantizer.set(*seen[point].range(rule, reach.get(point, 1.0)))
 
 
 @torch.no_grad()
@@ -164,13 +158,14 @@ class _Seen:
             self._keep(rows)
         return args[0]
 
-    def range(self, rule: Rule) -> tuple[Tensor, Tensor]:
-        """Scale and zero of all that was seen."""
+    def range(self, rule: Rule, reach: float) -> tuple[Tensor, Tensor]:
+        """Scale and zero of all that was seen, half of it taken to reach ``reach`` times as far."""
         assert self.low is not None and self.high is not None
         if self.sample is not None:
             rows = torch.cat([self.sample, self.low[:, None], self.high[:, None]], dim=1)
+            rows = rows if reach == 1.0 else torch.cat([rows, reach * rows], dim=1)
             return fit(rows, self.spec if self.spec.axis is None else replace(self.spec, axis=0), rule)
-        scale, zero = from_range(self.low, self.high, self.spec)
+        scale, zero = from_range(reach * self.low, reach * self.high, self.spec)
         return (scale[0], zero[0]) if self.spec.axis is None else (scale, zero)
 
     def _keep(self, rows: Tensor) -> None:

@@ -300,7 +300,7 @@ class Conditional:
             raise NetworkError(f"{n} inputs were asked for: at least 1 is needed")
         blend = self.recipe.policy(n, self.classes, self.ctx.generator)
         noise = self.generator.noise(blend, self.ctx.generator)
-        return self.generator(noise, blend), blend, noise
+        return self.task.scaled(self.generator(noise, blend)), blend, noise
 
     def _known(self, labels: Tensor) -> Tensor | None:
         return None if self.recipe.form == "unconditional" else labels

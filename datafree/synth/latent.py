@@ -110,7 +110,7 @@ class Latent:
 
         def loss() -> Terms:
             seen.clear()
-            self.task.run(self.teacher, generator(latents, blend))
+            self.task.run(self.teacher, self.task.scaled(generator(latents, blend)))
             return {"bn_statistics": statistics(gaps(seen, self._stored, per_image=False), "layer")}
 
         params = [latents, *generator.parameters()]
@@ -121,7 +121,7 @@ class Latent:
         with norm_moments(self.teacher) as seen:
             self.losses.append(fit(params, loss, recipe.steps, optimizer, self.ctx, name, plateau, stop))
         with torch.no_grad():
-            made: Tensor = generator(latents, blend)
+            made = self.task.scaled(generator(latents, blend))
         return made.detach()
 
 

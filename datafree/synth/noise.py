@@ -19,7 +19,7 @@ from datafree.fit import FirstOf, Stop, duration, fit, in_turn
 from datafree.graph.flow import flow
 from datafree.graph.swap import frozen_copy
 from datafree.synth.filters import Band, natural_band, texture_gap
-from datafree.synth.prior import Family, pictures
+from datafree.synth.prior import Family, patterns
 from datafree.synth.source import NONE, Batch, Prior, Shown, Source, Terms
 from datafree.synth.terms import (
     Gap,
@@ -189,8 +189,8 @@ class Pixels:
             if not self.recipe.labelled:
                 raise NetworkError("the network has no batch norm with statistics that pixels could be optimised for: take a Prior instead")
             ctx.note("the network has no batch norms with statistics that pictures could meet: they are made for their classes alone")
-        mean = torch.zeros(task.shape[0], device=ctx.device)
-        self._stored[_INPUT] = mean, torch.ones_like(mean)
+        mean, deviation = (torch.tensor(each, device=ctx.device).expand(task.shape[0]) for each in task.input_moments)
+        self._stored[_INPUT] = mean, deviation.square()
         self._last = None if self.recipe.margin is None else _last_layer(self.teacher, task, ctx)
         self._sums: Tensor | None = None  # of the features of each class so far, (classes, width)
 
@@ -230,7 +230,7 @@ class Pixels:
 
     def _optimise(self, n: int, wanted: _Wanted, name: str, stop: Stop) -> Tensor:
         recipe = self.recipe
-        pixels = self._start(n).requires_grad_()
+        pixels = self._start(n).requires_grad_()  # standardised: the network gets them scaled by the task
         optimizer = torch.optim.Adam([pixels], lr=recipe.rate)
         falling = (
             CosineAnnealingLR(optimizer, recipe.steps, recipe.lowest_rate)
@@ -241,18 +241,18 @@ class Pixels:
             loss = partial(self._loss, pixels, wanted, seen, features)
             self.losses.append(fit([pixels], loss, recipe.steps, optimizer, self.ctx, name, falling, stop))
             if self._last is not None and wanted.labels is not None:
-                self._remember(pixels.detach(), wanted.labels, features)
-        return pixels.detach()
+                self._remember(self.task.scaled(pixels.detach()), wanted.labels, features)
+        return self.task.scaled(pixels.detach())
 
     @torch.no_grad()
-    def _remember(self, pixels: Tensor, labels: Tensor, features: list[Tensor]) -> None:
-        answer = self.task.run(self.teacher, pixels)
+    def _remember(self, inputs: Tensor, labels: Tensor, features: list[Tensor]) -> None:
+        answer = self.task.run(self.teacher, inputs)
         sums = F.one_hot(labels, answer.shape[1]).float().T @ features[-1].float()
         self._sums = sums if self._sums is None else self._sums + sums
 
     def _loss(self, pixels: Tensor, wanted: _Wanted, seen: dict[str, list[Moments]], features: list[Tensor]) -> Terms:
         recipe, labels = self.recipe, wanted.labels
-        x = self._view(pixels)
+        x = self.task.scaled(self._view(pixels))
         features.clear()
         answer, found = self._look(x, seen)
         n, depth = len(x), len(found)
@@ -290,8 +290,8 @@ class Pixels:
         if self.recipe.start == "faint":
             return _FAINT * (2 * torch.rand(shape, generator=generator, device=generator.device) - 1)
         if self.recipe.start == "gaussian":
-            return self.task.noise(n, generator)
-        return pictures(self.recipe.start, n, self.task, generator)
+            return torch.randn(shape, generator=generator, device=generator.device)
+        return patterns(self.recipe.start, n, self.task.shape, generator)
 
     @torch.no_grad()
     def _margins(self) -> list[tuple[float, float]] | None:

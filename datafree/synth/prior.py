@@ -24,8 +24,9 @@ _PAIRS = 1 << 18  # pairs of a leaf and a pixel worked on at a time: about 50 MB
 
 
 def pictures(family: Family, n: int, task: Task, generator: torch.Generator) -> Tensor:
-    """``n`` inputs for the network of ``task``, (n, *task.shape), each channel with mean 0 and variance 1 over the whole batch.
+    """``n`` inputs for the network of ``task``, (n, *task.shape): pixels between black and white, then normalised by the task.
 
+    Before they are clipped, the pixels of each channel have the mean and spread of ``task.pixel_statistics`` over the whole batch.
     ``mix`` alternates dead leaves and pink noise, so that any part of the batch holds both. An input of shape (features,) has no
     neighbourhoods: it gets white noise, whatever the family. Raises MethodError on an unknown family, NetworkError if ``n`` < 1.
     """
@@ -33,7 +34,11 @@ def pictures(family: Family, n: int, task: Task, generator: torch.Generator) -> 
         raise MethodError(f"unknown family of pictures {family!r}: choose from {', '.join(FAMILIES)}")
     if n < 1:
         raise NetworkError(f"{n} pictures were asked for: at least 1 is needed")
-    shape = task.shape
+    return task.pictured(patterns(family, n, task.shape, generator))
+
+
+def patterns(family: Family, n: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """What :func:`pictures` show, (n, *shape), each channel with mean 0 and variance 1 over the batch."""
     if family == "white" or len(shape) == 1:
         return _standard(white_noise(n, shape, generator))
     if family == "pink":

@@ -7,6 +7,7 @@ from torch import nn
 
 from datafree.closed import gram as module_under_test
 from datafree.closed.gram import from_rows, grams, output_energy, output_mean, patches, places_of, rows_of
+from datafree.graph.calls import layer_call
 from datafree.graph.flow import flow
 from networks import NAMES, build
 
@@ -44,7 +45,7 @@ def test_patches_times_rows_are_the_outputs(layer: nn.Module, shape: tuple[int, 
     assert torch.equal(from_rows(rows_of(weight, read), read), weight)
     with torch.no_grad():
         output = x if read.kind == "conv_transpose" else layer(x)
-    seen = patches(layer, read, x, places_of(output, read, generator()))
+    seen = patches(layer_call(layer, (x,), {}), read, places_of(output, read, generator()))
     product = seen @ rows_of(weight, read).transpose(1, 2)  # (groups, samples, rows)
     with torch.no_grad():
         channels = layer(x).movedim(1 if layer.__class__.__name__ != "Linear" else -1, -1)
@@ -67,7 +68,7 @@ def test_a_sample_of_patches_estimates_all_of_them() -> None:
     some = grams(nn.Sequential(layer), read, ["0"], x, generator())["0"]
     rows = F.unfold(x, 3).transpose(1, 2).reshape(-1, 27)
     places = places_of(layer(x), read.layers["0"], generator())
-    assert patches(layer, read.layers["0"], x, places).shape == (1, module_under_test.PATCHES, 27)
+    assert patches(layer_call(layer, (x,), {}), read.layers["0"], places).shape == (1, module_under_test.PATCHES, 27)
     assert torch.allclose(some.cov[0], torch.cov(rows.T, correction=0), atol=0.02)
 
 

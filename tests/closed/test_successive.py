@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from datafree.closed import gram as gram_module
 from datafree.closed.gram import Gram, patches, places_of, sampled_outputs
 from datafree.closed.successive import successive, wanted_weight
+from datafree.graph.calls import layer_call
 from datafree.graph.flow import flow
 from datafree.plan import LayerPlan, Plan, QSpec
 from datafree.quant.grid import quantize
@@ -36,7 +37,7 @@ def test_wanted_weight_is_the_ridge_regression(layer: nn.Module, shape: tuple[in
     with torch.no_grad():
         output = layer(x)
     places = places_of(output, read, seeded())
-    seen = patches(layer, read, noisy, places)
+    seen = patches(layer_call(layer, (noisy,), {}), read, places)
     targets = sampled_outputs(output, read, places)
     full = layer.weight.detach()
     for ridge in (1e-6, 1.0):
@@ -51,7 +52,7 @@ def test_wanted_weight_is_the_ridge_regression(layer: nn.Module, shape: tuple[in
             expected = start[group] + torch.linalg.lstsq(left, right).solution.T
             torch.testing.assert_close(rows[group], expected, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(gram.cov[0], torch.cov(seen[0].T, correction=0), rtol=1e-3, atol=1e-5)
-    same, _ = wanted_weight(full, patches(layer, read, x, places), targets, read, 1.0)
+    same, _ = wanted_weight(full, patches(layer_call(layer, (x,), {}), read, places), targets, read, 1.0)
     torch.testing.assert_close(same, full, rtol=1e-3, atol=1e-4)
 
 

@@ -20,10 +20,10 @@ from datafree.methods import dfmpc as module_under_test
 from datafree.methods.dfmpc import DFMPC
 from datafree.quant.grid import fake_quantize
 from datafree.quant.insert import codes_of, effective_weight, quantizers, weight_quantizer
-from datafree.quant.observe import observe_noise
 from datafree.quant.ranges import minmax, twn
+from datafree.synth.calibrate import calibrate
 from datafree.synth.noise import Recipe, source_of
-from datafree.synth.source import Source
+from datafree.synth.source import Prior, Source
 from networks import build
 from tests.methods.low_layers import TASK, Change, Concat, Plain, Residual, Shared, conv, make_low, settled
 from tests.reference import dfmpc as reference
@@ -236,7 +236,8 @@ def test_activations_are_ranged_after_the_repair(method: DFMPC) -> None:
     """Ranging the finished student once more changes nothing (protocol deploy would round the biases after it)."""
     student = student_of(settled(Plain), method, Target((2, 6), 4, protocol="paper"))
     found = {point: quantizer.scale.clone() for point, quantizer in quantizers(student).items()}
-    observe_noise(student, TASK, method.act_range, Ctx.create())
+    flow, source = read(settled(Plain), TASK, Ctx.create()), Prior("mix", TASK, Ctx.create().generator)
+    calibrate(student, flow, TASK, source, method.act_range)
     assert found and all(torch.equal(found[point], quantizer.scale) for point, quantizer in quantizers(student).items())
 
 
@@ -253,8 +254,8 @@ def test_ranges_come_from_the_pictures_that_are_named(family: str, monkeypatch: 
 
     monkeypatch.setattr(module_under_test, "source_of", given)
     model, target = settled(Plain), Target(4, 4, protocol="paper")
-    on_noise, on_pictures = (student_of(model, DFMPC(ranges_on=each), target) for each in ("noise", family))
-    assert asked == [family]
+    on_noise, on_pictures = (student_of(model, DFMPC(ranges_on=each), target) for each in ("white", family))
+    assert asked == ["white", family]
     for point, quantizer in quantizers(on_pictures).items():
         assert not torch.equal(quantizer.scale, quantizers(on_noise)[point].scale)
     for name, layer in on_noise.named_modules():

@@ -97,7 +97,7 @@ RANGED: tuple[tuple[str, Callable[[], nn.Module], Callable[[Tensor], Tensor]], .
 def test_ranges_are_six_sigma_before_the_activation(make: Callable[[], nn.Module], function: Callable[[Tensor], Tensor]) -> None:
     model = trained(*conv_bn(3, 8), make(), nn.MaxPool2d(2), nn.Conv2d(8, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     result = datafree.quantize(model, PIXELS, method=DFQ(equalize=False, absorb=False), target=DEPLOY)
-    assert not any("noise" in note for note in result.run["notes"])
+    assert not any("procedural pictures" in note for note in result.run["notes"])
     moments = norm_vectors(model[1])
     sd = (moments.gamma.square() * model[1].running_var / moments.sigma.square()).sqrt()
     ends = torch.linspace(float((moments.beta - 6 * sd).min()), float((moments.beta + 6 * sd).max()), 10_000)
@@ -145,10 +145,10 @@ def spread(norm: nn.Module) -> Moments:
     return Moments(vectors.beta, vectors.gamma.square() * norm.running_var / vectors.sigma.square())
 
 
-def test_what_moments_do_not_tell_comes_from_noise_and_is_noted() -> None:
+def test_what_moments_do_not_tell_comes_from_pictures_and_is_noted() -> None:
     model, task = build("transformer")
     result = datafree.quantize(model, task, method="dfq", target=DEPLOY)
-    (note,) = (each for each in result.run["notes"] if "noise" in each)
+    (note,) = (each for each in result.run["notes"] if "procedural pictures" in each)
     assert "blocks.0.proj:input" in note and "blocks.0.fc2:input" not in note
     assert any("nothing to equalize" in each for each in result.run["notes"])
     assert any("no bias to absorb" in each for each in result.run["notes"])

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from datafree.errors import MethodError, NetworkError
-from datafree.synth.prior import FAMILIES, Family, dead_leaves, pictures, pink_noise, white_noise
+from datafree.synth.prior import FAMILIES, Family, dead_leaves, patterns, pictures, pink_noise, white_noise
 from datafree.task import Task
 
 SHAPES = [(1, 32, 32), (3, 32, 32), (4, 17, 23), (12, 8, 8), (3, 5, 40), (2, 64), (1, 33), (3, 6, 7, 9), (3, 1, 1), (10,)]
@@ -19,7 +19,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("n", [64, 7])
 def test_a_batch_of_any_shape_has_mean_0_and_variance_1(family: Family, shape: tuple[int, ...], n: int) -> None:
-    batch = pictures(family, n, Task(shape=shape), seeded())
+    batch = patterns(family, n, shape, seeded())
     assert batch.shape == (n, *shape) and batch.dtype == torch.float32
     channels = batch.transpose(0, 1).flatten(1).double()
     assert channels.mean(1).abs().max() < 1e-4
@@ -27,9 +27,25 @@ def test_a_batch_of_any_shape_has_mean_0_and_variance_1(family: Family, shape: t
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("mean", "std"), [((0.0,), (1.0,)), ((0.0,), (1 / 255,)), ((0.5,), (0.5,)), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+)
+def test_pictures_are_pixels_between_black_and_white_with_the_spread_of_photographs(
+    family: Family, mean: tuple[float, ...], std: tuple[float, ...]
+) -> None:
+    task = Task(shape=(3, 32, 32), mean=mean, std=std)
+    batch = pictures(family, 64, task, seeded())
+    low, high = task.limits
+    assert low - 1e-5 * (high - low) <= batch.min() and batch.max() <= high + 1e-5 * (high - low)
+    pixels = batch * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
+    assert -1e-5 <= pixels.min() < 0.01 and 0.99 < pixels.max() <= 1 + 1e-5
+    assert 0.38 < pixels.mean() < 0.52 and 0.18 < pixels.std() < 0.28
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_one_picture_alone_is_finite(family: Family) -> None:
     assert torch.isfinite(pictures(family, 1, Task(shape=(3, 16, 16)), seeded())).all()
-    assert pictures(family, 1, Task(shape=(1, 1)), seeded()).tolist() == [[[0.0]]]  # nothing to scale
+    assert patterns(family, 1, (1, 1), seeded()).tolist() == [[[0.0]]]  # nothing to scale
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -48,7 +64,7 @@ def test_a_generator_goes_on_to_other_pictures() -> None:
 
 
 def test_mix_alternates_its_families() -> None:
-    batch = pictures("mix", 65, Task(shape=(1, 32, 32)), seeded())
+    batch = patterns("mix", 65, (1, 32, 32), seeded())
     assert edge_kurtosis(batch[0::2]) > 10
     assert abs(edge_kurtosis(batch[1::2]) - 3) < 0.5
     assert [float(part.square().mean()) for part in (batch[0::2], batch[1::2])] == pytest.approx([1.0, 1.0], abs=1e-3)
