@@ -96,8 +96,8 @@ def _sources(flow: Flow, node: Node) -> tuple[int, ...]:
 def _value(step: "_Step") -> Value:
     node = step.node
     if node.op == "input":
-        by_channel = (torch.tensor(each).to(step.zero).view(-1, *(1,) * len(node.shape[2:])) for each in step.flow.input_moments)
-        return Moments(*(each.expand(node.shape) ** power for power, each in enumerate(by_channel, 1)))
+        mean, deviation = (torch.tensor(each).to(step.zero).view(-1, *(1,) * len(node.shape[2:])) for each in step.flow.input_moments)
+        return Moments(mean.expand(node.shape), deviation.square().expand(node.shape))
     if node.call is None:
         return step.unknown()
     if node.call.function in _NORMS:
