@@ -63,7 +63,7 @@ def look(teacher: nn.Module, student: nn.Module, flow: Flow, inputs: Tensor, ctx
             if layer and len(layer.calls) == 1 and layer.scale_per_output and weight_quantizer(module).spec.axis is not None:
                 watched = teacher.get_submodule(name)
                 handles.append(watched.register_forward_hook(lambda module, args, result, layer=layer: leave(layer, result)))
-    with anchored(teacher):
+    with anchored(teacher, flow.shared_norms):
         _pass(teacher, inputs, handles)
     return seen
 

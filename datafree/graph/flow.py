@@ -1,5 +1,6 @@
 """Who feeds whom: the layers of a network, what follows each of them, and where the network branches and joins."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -116,6 +117,12 @@ class Flow:
         for call in self.module_calls:
             calls.setdefault(call.module, []).append(call)
         return MappingProxyType({name: tuple(each) for name, each in calls.items()})
+
+    @cached_property
+    def shared_norms(self) -> frozenset[str]:
+        """Batch norms that are called more than once: no single batch has the statistics that they have stored."""
+        served = Counter(node.module for node in self.nodes if node.op == "batch_norm")
+        return frozenset(name for name, count in served.items() if count > 1)
 
     def data(self, name: str) -> tuple[int, ...]:
         """The nodes that a layer takes as input, one a call."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from datafree.graph.flow import Flow
+from datafree.graph.flow import ACTIVATIONS, Flow
 
 REACH = 1.5  # how many times as far as on synthetic inputs the averages of a whole picture may reach on the data
 _MANY = 16  # positions that such an average is taken over, at least
@@ -39,7 +39,7 @@ def points(flow: Flow, modules: Mapping[str, nn.Module], index: int) -> tuple[tu
 
 
 def averaged(flow: Flow, points: Iterable[str]) -> dict[str, float]:
-    """REACH for each of the points that only averages over many positions pass.
+    """REACH for each of the points that only averages over many positions pass, or what layers make of them before the next norm.
 
     What one position holds is known from norms, but pictures of one thing differ more in their averages than pictures of many do.
     """
@@ -47,14 +47,16 @@ def averaged(flow: Flow, points: Iterable[str]) -> dict[str, float]:
     for point in points:
         name, _, side = point.rpartition(":")
         nodes = [call.input if side == "input" else call.output for call in flow.calls_of.get(name, ())]
-        if nodes and all(index is not None and _is_average(flow, flow.origin(index)) for index in nodes):
+        if nodes and all(index is not None and _is_average(flow, index) for index in nodes):
             found[point] = REACH
     return found
 
 
 def _is_average(flow: Flow, index: int) -> bool:
-    node = flow.nodes[index]
-    return node.op in _AVERAGES and math.prod(flow.nodes[node.inputs[0]].shape) >= _MANY * math.prod(node.shape)
+    node = flow.nodes[flow.origin(index)]
+    if node.op in _AVERAGES:
+        return math.prod(flow.nodes[node.inputs[0]].shape) >= _MANY * math.prod(node.shape)
+    return len(node.inputs) == 1 and (node.op in ACTIVATIONS or node.index in flow.layer_at) and _is_average(flow, node.inputs[0])
 
 
 def _inputs(names: object) -> tuple[str, ...]:

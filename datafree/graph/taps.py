@@ -1,6 +1,6 @@
 """How a network is run to be measured: what its modules take and give, batch norms by the batch's statistics, a quick layout."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,12 +12,13 @@ from datafree.errors import NetworkError
 
 
 @contextmanager
-def anchored(model: nn.Module) -> Iterator[None]:
-    """Every batch norm normalises by the batch and keeps its stored affine: outputs have mean beta and variance gamma^2.
+def anchored(model: nn.Module, but: Collection[str] = ()) -> Iterator[None]:
+    """Every batch norm, but those named, normalises by the batch and keeps its stored affine: outputs have mean beta and variance gamma^2.
 
     Stored statistics are left alone.
     """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None]
+    named = model.named_modules()
+    norms = [module for name, module in named if isinstance(module, _BatchNorm) and module.running_mean is not None and name not in but]
     before = [(norm.training, norm.track_running_stats) for norm in norms]
     try:
         for norm in norms:

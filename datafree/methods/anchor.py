@@ -122,7 +122,7 @@ class Anchor(Method):
             if blind := [name for name in names if not known[name].known]:
                 ctx.note(f"batch norms tell nothing of the inputs of these layers, whose channels count alike: {', '.join(blind)}")
             return {name: moment_gram(flow.layers[name], known[name]) for name in names}
-        with anchored(teacher):
+        with anchored(teacher, flow.shared_norms):
             return grams(teacher, flow, names, inputs, ctx.generator)
 
     def _widths(self, flow: Flow, teacher: nn.Module, target: Target, statistics: Mapping[str, Gram]) -> dict[str, int]:
@@ -191,7 +191,7 @@ class Anchor(Method):
             found = closed_ranges(flow, teacher, points, task)
         else:
             probe = insert(teacher, Plan({}, points))
-            with anchored(probe):
+            with anchored(probe, flow.shared_norms):
                 observe(probe, [inputs], "mse", task.run, averaged(flow, points))
             found = {point: (quantizer.scale, quantizer.zero) for point, quantizer in quantizers(probe).items()}
         for point, quantizer in quantizers(student).items():

@@ -12,7 +12,8 @@ from datafree.quant.ranges import Rule
 from datafree.synth.source import Source
 from datafree.task import Task
 
-CALIBRATION = 32  # inputs that tell ranges
+CALIBRATION = (32, 256)  # inputs that tell ranges: large pictures, and small ones or vectors, which have fewer positions
+LARGE = 64  # from this side on pictures are large
 
 
 def calibrate(student: nn.Module, flow: Flow, task: Task, source: Source, rule: Rule) -> None:
@@ -22,7 +23,8 @@ def calibrate(student: nn.Module, flow: Flow, task: Task, source: Source, rule: 
     inputs as fit into memory.
     """
     if quantizers(student):
-        size = inputs_within(flow, CALIBRATION)
-        batches = (source.sample(size).inputs for _ in range(CALIBRATION // size))
-        with anchored(student):
+        wanted = CALIBRATION[max(task.shape[1:], default=1) <= LARGE]
+        size = inputs_within(flow, wanted)
+        batches = (source.sample(size).inputs for _ in range(wanted // size))
+        with anchored(student, flow.shared_norms):
             observe(student, batches, rule, task.run, averaged(flow, quantizers(student)))
