@@ -4,6 +4,7 @@ Legend: H the covariance of a layer's input patches, m their mean, W the float w
 """
 
 import copy
+import functools
 import itertools
 import math
 from collections.abc import Mapping
@@ -18,24 +19,23 @@ from datafree.bits.sensitivity import distortions
 from datafree.closed.absorb import own_norms, set_statistics, shift_output
 from datafree.closed.gram import Gram, from_rows, grams, moment_gram, output_energy, output_mean, rows_of
 from datafree.closed.propagate import layer_inputs
-from datafree.closed.ranges import closed_ranges
 from datafree.closed.recalibrate import spread_ratio
 from datafree.closed.refine import refine
 from datafree.closed.regress import Seen, answers, distance, look, regress
 from datafree.closed.rounding import error_feedback, in_parts, shrink
 from datafree.closed.successive import followed, successive
+from datafree.closed.trust import Trust, expected_gram
 from datafree.context import Ctx
 from datafree.graph.flow import Flow, Layer, read
 from datafree.graph.fold import BatchNorm, norm_vectors
 from datafree.graph.memory import inputs_within
-from datafree.graph.points import averaged
 from datafree.graph.taps import anchored, channels_last
 from datafree.method import Method, method, option
-from datafree.plan import Plan, QSpec, Target
+from datafree.plan import QSpec, Target
 from datafree.quant.grid import broadcast, dequantize, quantize
-from datafree.quant.insert import assign, effective_weight, insert, latent_weight, quantized_layers, quantizers, weight_quantizer
-from datafree.quant.observe import observe
+from datafree.quant.insert import assign, effective_weight, insert, latent_weight, quantized_layers, weight_quantizer
 from datafree.quant.ranges import mse
+from datafree.synth.calibrate import picture_trust, range_activations
 from datafree.synth.noise import Pictures, source_of
 from datafree.synth.prior import pictures
 from datafree.task import Task
@@ -59,6 +59,7 @@ class Anchor(Method):
         "pictures", "what tells of layers' inputs before any layer is rounded: pictures, or batch norms"
     )
     shrinkage: float = option(0.2, "how far the covariance is drawn to its diagonal", at_least=0.0, at_most=1.0)
+    robust: bool = option(True, "rely less on what pictures tell of a layer's inputs where kinds of pictures disagree on it")
     feedback: bool = option(True, "round with error feedback; else to nearest")
     refine: bool = option(True, "up to 4 bits, choose codes and scales together; else one pass of error feedback")
     own_inputs: bool = option(
@@ -80,7 +81,9 @@ class Anchor(Method):
         drawn = "pictures" in (self.statistics, self.act_range) or self.own_inputs or self.recalibration != "none"
         count = inputs_within(flow, PICTURES if max(task.shape[1:], default=1) <= LARGE else FEWER)
         inputs = channels_last(teacher, source_of(self.family, teacher, task, ctx).sample(count).inputs) if drawn else None
-        statistics = self._statistics(teacher, flow, target, inputs, ctx)
+        doubted = self.robust and (self.own_inputs or self.statistics == "pictures")
+        trust = picture_trust(teacher, flow, task, count, ctx.generator) if doubted else dict.fromkeys(flow.layers, Trust())
+        statistics = self._statistics(teacher, flow, target, inputs, trust, ctx)
         plan = make_plan(flow, teacher, target, _spec, ctx, self._widths(flow, teacher, target, statistics) if is_mixed(target) else None)
         student = insert(teacher, plan)
         norms = own_norms(student, flow)
@@ -91,22 +94,25 @@ class Anchor(Method):
             assign(module, *self._round(full, layer, plan.layers[name].weight, gram))
             self._correct(student, layer, full, gram, norms.get(name))
             ctx.progress("round", step, len(at_once))
-        self._range(teacher, student, flow, task, inputs)
+        range_activations(teacher, student, flow, task, inputs if self.act_range == "pictures" else None)
         if inputs is None:
             return student
-        see = self._in_turn if self.own_inputs else look
+        see = functools.partial(self._in_turn, trust) if self.own_inputs else look
         return self._recalibrate(teacher, student, flow, see(teacher, student, flow, inputs, ctx), task, inputs, ctx)
 
     def _later(self, layer: Layer) -> bool:
         """Whether the layer is rounded only once those before it are."""
         return self.own_inputs and followed(layer)
 
-    def _in_turn(self, teacher: nn.Module, student: nn.Module, flow: Flow, inputs: Tensor, ctx: Ctx) -> Mapping[str, Seen]:
+    def _in_turn(
+        self, trust: Mapping[str, Trust], teacher: nn.Module, student: nn.Module, flow: Flow, inputs: Tensor, ctx: Ctx
+    ) -> Mapping[str, Seen]:
         """Layer after layer, with its inputs as the student has them and what they lost made good; batch norms follow by regression."""
         layers, steps = quantized_layers(student), itertools.count(1)
 
         def rewrite(name: str, wanted: Tensor, gram: Gram) -> None:
-            assign(layers[name], *self._round(wanted, flow.layers[name], weight_quantizer(layers[name]).spec, gram))
+            layer, spec = flow.layers[name], weight_quantizer(layers[name]).spec
+            assign(layers[name], *self._round(wanted, layer, spec, expected_gram(gram, layer, trust[name])))
             ctx.progress("round in turn", next(steps), len(layers))
 
         with successive(teacher, student, flow, layers, rewrite, ctx.generator):
@@ -114,8 +120,10 @@ class Anchor(Method):
             regress(teacher, student, flow, {name: each for name, each in seen.items() if name not in flow.layers}, inputs)
         return seen
 
-    def _statistics(self, teacher: nn.Module, flow: Flow, target: Target, inputs: Tensor | None, ctx: Ctx) -> dict[str, Gram]:
-        """Of the inputs of every layer that is quantized."""
+    def _statistics(
+        self, teacher: nn.Module, flow: Flow, target: Target, inputs: Tensor | None, trust: Mapping[str, Trust], ctx: Ctx
+    ) -> dict[str, Gram]:
+        """Of the inputs of every layer that is quantized, as they are expected on data."""
         names = [name for name, layer in flow.layers.items() if name not in target.keep and (is_mixed(target) or not self._later(layer))]
         if self.statistics == "moments" or inputs is None:
             known = layer_inputs(flow, teacher)
@@ -123,7 +131,8 @@ class Anchor(Method):
                 ctx.note(f"batch norms tell nothing of the inputs of these layers, whose channels count alike: {', '.join(blind)}")
             return {name: moment_gram(flow.layers[name], known[name]) for name in names}
         with anchored(teacher, flow.shared_norms):
-            return grams(teacher, flow, names, inputs, ctx.generator)
+            found = grams(teacher, flow, names, inputs, ctx.generator)
+        return {name: expected_gram(gram, flow.layers[name], trust[name]) for name, gram in found.items()}
 
     def _widths(self, flow: Flow, teacher: nn.Module, target: Target, statistics: Mapping[str, Gram]) -> dict[str, int]:
         """The width of each layer under a budget, by what this very rounding would lose with it."""
@@ -181,21 +190,6 @@ class Anchor(Method):
                 best, least = candidate, lost
             ctx.progress("recalibrate", step, len(powers))
         return best
-
-    def _range(self, teacher: nn.Module, student: nn.Module, flow: Flow, task: Task, inputs: Tensor | None) -> None:
-        """Clips of least squared error for the float network's activations, on the pictures or in closed form."""
-        points = {point: quantizer.spec for point, quantizer in quantizers(student).items()}
-        if not points:
-            return
-        if self.act_range == "moments" or inputs is None:
-            found = closed_ranges(flow, teacher, points, task)
-        else:
-            probe = insert(teacher, Plan({}, points))
-            with anchored(probe, flow.shared_norms):
-                observe(probe, [inputs], "mse", task.run, averaged(flow, points))
-            found = {point: (quantizer.scale, quantizer.zero) for point, quantizer in quantizers(probe).items()}
-        for point, quantizer in quantizers(student).items():
-            quantizer.set(*found[point])
 
 
 def _spec(layer: Layer, bits: int) -> QSpec:
