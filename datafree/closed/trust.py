@@ -21,7 +21,7 @@ from datafree.graph.calls import layer_call
 from datafree.graph.flow import Flow, Layer
 from datafree.quant.ranges import TINY
 
-FLOOR = 1e-4  # share of the layer's mean variance that every channel is credited with at least
+FLOOR = 0.01  # share of the mean variance of a layer that every channel is credited with at least: an amplitude of a tenth
 
 
 @dataclass(frozen=True)
