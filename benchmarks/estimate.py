@@ -9,7 +9,7 @@ docs/estimate.md.
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -138,27 +138,27 @@ def fitted(pairs: list[Pair], half_width: float = 0.0, left_out_error: float = 0
         residuals, np.array([3.0, *(1.0 for _ in NAMES)]), bounds=([-20, *(0 for _ in NAMES)], [20, *(9 for _ in NAMES)])
     ).x
     values = {name: [each["indicators"][name] for each in pairs] for name in (*NAMES, "classes")}
-    return Fit(
+    fit = Fit(
         scale=float(np.exp(found[0])),
         exponents={name: float(value) for name, value in zip(NAMES, found[1:], strict=True)},
         half_width=half_width,
         confidence=CONFIDENCE,
         ranges={name: (min(found), max(found)) for name, found in values.items()},
-        floors={name: floors(pairs, name) for name in DOUBTS},
+        ceilings={},
         parameters=(min(each["parameters"] for each in pairs), max(each["parameters"] for each in pairs)),
         networks=tuple(networks(pairs)),
         pairs=len(pairs),
         left_out_error=left_out_error,
     )
+    return replace(fit, ceilings={name: ceilings(fit, pairs, name) for name in DOUBTS})
 
 
-def floors(pairs: list[Pair], name: str) -> tuple[tuple[float, float], ...]:
-    """Where the least drop of all pairs that reach a value of the indicator rises: ascending pairs of the value and that drop."""
+def ceilings(fit: Fit, pairs: list[Pair], name: str) -> tuple[tuple[float, float], ...]:
+    """Where the largest value of the indicator rises as the estimate does: ascending pairs of the estimate and that value."""
     steps: list[tuple[float, float]] = []
-    for value in sorted({each["indicators"][name] for each in pairs}):
-        least = min(each["drop"] for each in pairs if each["indicators"][name] >= value)
-        if least > (steps[-1][1] if steps else 0.0):
-            steps.append((value, least))
+    for drop, value in sorted((fit.drop(told := each["indicators"], int(told["classes"])), told[name]) for each in pairs):
+        if not steps or value > steps[-1][1]:
+            steps.append((drop, value))
     return tuple(steps)
 
 
@@ -227,26 +227,27 @@ mean over the classes), both as geometric means over the two families. Exponents
 loss. The interval is {half_width:.2f} to either side in log(1 + points): made to cover {confidence:.0f} % of the settings of a
 network that the map has not seen, measured on the left-out network that it fits worst. The estimate is unknown where the network is no
 classifier. What was seen in the fit: {ranges}.
-Beyond that there is no estimate either: with another number of classes it is unknown; where KL or noise is smaller, the drop is
-"too small to tell (under x points)", x being the upper end of the interval at the edge; where one is larger, it is "unknown, and probably large".
+Beyond that there is no estimate either. With another number of classes it is unknown. Where KL or noise is smaller, the drop is "too
+small to tell (under x points)", x being the upper end of the interval at the edge. Where one is larger, it is "unknown, and probably
+large".
 
 ## Where the indicators contradict the map
 
-A network that gives nearly the same answer to everything, such as one with random weights, has a tiny KL while its choices change. So the
-map is checked: if all fitted pairs with at least this much disagreement of the choices (in percent of the pictures), or with this much
-noise, lost more than the upper end of the interval, the drop is "unknown, and probably large". {doubted} of the {pairs} pairs are
-refused so by the maps that do not know their network.
+A network that gives nearly the same answer to everything, such as one with random weights, has a tiny KL while its choices change.
+So the map is checked: where the disagreement of the choices (in percent of the pictures) or the noise is larger than in any fitted pair
+with an estimate up to the upper end of the interval, the drop is "unknown, and probably large". Of the {pairs} pairs {doubted} are refused
+so by the maps that do not know their network.
 
-{floors}
+{ceilings}
 
 The disagreement is no part of the map itself, which it did not improve.
 
 ## What it was fitted on
 
 {pairs} measured drops of these networks only: {networks}.
-They have {few_parameters:,} to {many_parameters:,} parameters; one has 1000 classes, the others have 10. Beside a network of more than twice
-as many parameters the estimate says so. Networks much unlike them, or methods that tune the student on such pictures harder than
-`anchor` does, may be off by more.
+They have {few_parameters:,} to {many_parameters:,} parameters; one has 1000 classes, the others have 10. Beside a network of more
+than twice as many parameters the estimate says so. Networks much unlike them, or methods that tune the student on such pictures harder
+than `anchor` does, may be off by more.
 
 ## Each network left out
 
@@ -277,16 +278,18 @@ def publish(pairs: list[Pair]) -> None:
             sources=max(max(each["sources"].values()) for each in pairs),
             scale=fit.scale, **fit.exponents, half_width=fit.half_width, confidence=fit.confidence, pairs=fit.pairs,
             ranges=", ".join(f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in fit.ranges.items()),
-            doubted=sum(each["doubted"] for each in found), floors=floor_table(fit),
+            doubted=sum(each["doubted"] for each in found), ceilings=ceiling_table(fit),
             few_parameters=fit.parameters[0], many_parameters=fit.parameters[1],
             networks=", ".join(fit.networks), table=summary(found), everything=listing(found),
         )
     )  # fmt: skip
 
 
-def floor_table(fit: Fit) -> str:
-    lines = ["| indicator | at least | least drop, points |", "|" + " --- |" * 3]
-    return "\n".join([*lines, *(f"| {name} | {value:.3g} | {least:.2f} |" for name, steps in fit.floors.items() for value, least in steps)])
+def ceiling_table(fit: Fit) -> str:
+    lines = ["| indicator | up to an estimate of, points | at most |", "|" + " --- |" * 3]
+    drops = sorted({fit.interval(drop, 1000)[1] for drop in (0.0, 1.0, 3.0, 10.0)})
+    rows = [(name, drop, max(value for at, value in steps if at <= drop)) for name, steps in fit.ceilings.items() for drop in drops]
+    return "\n".join([*lines, *(f"| {name} | {drop:.1f} | {value:.3g} |" for name, drop, value in rows)])
 
 
 def error(pairs: list[Pair]) -> float:

@@ -39,7 +39,7 @@ class Fit:
         half_width: of the interval, in log(1 + points).
         confidence: the share of left-out pairs that the interval was made to cover, in percent.
         ranges: smallest and largest value of each indicator, and of ``classes``, that it was fitted on.
-        floors: by indicator, ascending pairs of a value and the least drop, in points, of all fitted pairs that reach this value.
+        ceilings: by indicator, ascending pairs of an estimate in points and the largest value of the indicator up to this estimate.
         parameters: of the smallest and of the largest network that it was fitted on.
         networks: whose measured drops it was fitted on.
         pairs: how many pairs of a network and a setting.
@@ -51,7 +51,7 @@ class Fit:
     half_width: float
     confidence: float
     ranges: Mapping[str, tuple[float, float]]
-    floors: Mapping[str, Steps]
+    ceilings: Mapping[str, Steps]
     parameters: tuple[int, int]
     networks: tuple[str, ...]
     pairs: int
@@ -62,10 +62,10 @@ class Fit:
         """The map that comes with the package."""
         read = json.loads(files("datafree.measure").joinpath(FIT_FILE).read_text(encoding="utf-8"))["fit"]
         ranges = {name: (low, high) for name, (low, high) in read.pop("ranges").items()}
-        floors = {name: tuple((value, least) for value, least in steps) for name, steps in read.pop("floors").items()}
+        ceilings = {name: tuple((drop, most) for drop, most in steps) for name, steps in read.pop("ceilings").items()}
         smallest, largest = read.pop("parameters")
         networks = tuple(read.pop("networks"))
-        return Fit(**read, ranges=ranges, floors=floors, parameters=(smallest, largest), networks=networks)
+        return Fit(**read, ranges=ranges, ceilings=ceilings, parameters=(smallest, largest), networks=networks)
 
     def drop(self, indicators: Mapping[str, float], classes: int) -> float:
         """The estimated drop in points; indicators that it has no exponent for are passed over."""
@@ -89,15 +89,14 @@ class Fit:
     def contradiction(self, indicators: Mapping[str, float], high: float) -> str | None:
         """Which indicator speaks for a larger drop than ``high``, the upper end of the interval; None if none does.
 
-        One does where all fitted pairs that reach its value lost more than that.
+        One does where no fitted pair with an estimate up to ``high`` had so large a value.
         """
-        for name, steps in self.floors.items():
-            reached = [step for step in steps if step[0] <= indicators[name]]
-            if reached and reached[-1][1] > high:
-                value, least = reached[-1]
+        for name, steps in self.ceilings.items():
+            most = max((value for drop, value in steps if drop <= high), default=math.inf)
+            if indicators[name] > most:
                 return (
                     f"{name} = {indicators[name]:.3g} contradicts the map, which says {high:.1f} points at most: "
-                    f"fitted networks with {value:.3g} or more lost at least {least:.1f} points"
+                    f"networks of the fit with so small an estimate had {most:.3g} at most"
                 )
         return None
 
@@ -107,7 +106,7 @@ class Estimate:
     """An estimate of lost accuracy, made without data.
 
     Args:
-        verdict: ``estimated``; ``too small`` for the map to tell: under ``high``; ``probably large``, but how large is unknown; ``unknown``.
+        verdict: ``estimated``; ``too small`` for the map to tell, under ``high``; ``probably large``, but unknown; or ``unknown``.
         drop: estimated points of top-1 that were lost; None where there is no estimate.
         low: lower end of the interval; None where there is no estimate.
         high: upper end of the interval; also where the drop is too small to tell.

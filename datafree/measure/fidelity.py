@@ -12,7 +12,6 @@ from datafree.measure.accuracy import answers
 from datafree.measure.data import inputs_per_batch
 from datafree.task import Task
 
-
 SOURCE = "noise"  # what ``Task.noise`` gives
 
 
