@@ -171,10 +171,10 @@ def test_the_embedded_digits_keep_their_estimates(bits: int, method: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("parameters", "told"), ((1200, ""), (1201, "; this one has 1.2 k parameters"), (25e6, "; this one has 25.0 M parameters"))
+    ("parameters", "told"), ((1200, ""), (1201, "; this one has 1.2 k parameters"), (25_000_000, "; this one has 25.0 M parameters"))
 )
 def test_a_network_twice_as_large_as_the_largest_fitted_is_told(parameters: int, told: str) -> None:
-    found = {**asdict(estimated(linear(0.1, 0.03))), "parameters": int(parameters)}
+    found = {**asdict(estimated(linear(0.1, 0.03))), "parameters": parameters}
     assert estimate_text(found).endswith(f"5 to 1000 classes{told}")
 
 

@@ -105,13 +105,13 @@ def test_the_estimate_is_called_one_and_tells_why_it_is_unknown(run: Path) -> No
     assert isinstance(told["verdict"], dict)
     guess = told["verdict"]["estimated_loss"]
     size = "fitted on networks of up to 0.9 M parameters and 10 to 1000 classes"
-    for verdict, drop, unknown, head, detail in (
+    for judged, drop, unknown, head, detail in (
         ("estimated", 4.25, None, "4.2 points of top-1", f"1.0 to 9.0 with 90 % confidence, an estimate without data, {size}"),
         ("too small", None, None, "too small to tell (under 9.0 points of top-1)", f"an estimate without data, {size}"),
         ("probably large", None, "kl = 9 lies above", "unknown, and probably large", f"kl = 9 lies above; {size}"),
         ("unknown", None, "no classifier", "unknown", "no classifier"),
     ):
-        guess |= {"verdict": verdict, "drop": drop, "low": 1.0, "high": 9.0, "unknown": unknown}
+        guess |= {"verdict": judged, "drop": drop, "low": 1.0, "high": 9.0, "unknown": unknown}
         text = page(told)
         assert f">{head}<" in text and f">{detail}<" in text
         assert dict(verdict_rows(told["verdict"]))["estimated loss"] == f"{head}: {detail}"
