@@ -5,6 +5,7 @@ What a generator can draw is smoother than free pixels, and a generator of one b
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import final
 
 import torch
@@ -92,7 +93,14 @@ class Latent:
         sizes = [min(self.recipe.batch, n - first) for first in range(0, n, self.recipe.batch)]
         found, begun, limit = [], len(self.losses), self.recipe.max_seconds
         for number, (size, clock) in enumerate(zip(sizes, in_turn(limit, len(sizes)), strict=True), 1):
-            found.append(self._make(size, f"pictures, batch {number} of {len(sizes)}", clock))
+            name = f"pictures, batch {number} of {len(sizes)}"
+            make = partial(self._make, size, name, clock)
+            shared = self.ctx.pictures
+            found.append(
+                make()
+                if shared is None
+                else shared.once(f"{name} of {n} {self.task} {self.recipe}", self.teacher, self.ctx.generator, make)
+            )
         taken, steps = sum(map(len, self.losses[begun:])), self.recipe.steps * len(sizes)
         if limit is not None and taken < steps:
             self.ctx.note(f"pictures: stopped after {taken} of {steps} steps, when their {duration(limit)} were over")

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from datafree.context import Ctx
 from datafree.errors import MethodError
 from datafree.fit import Clock, FirstOf, duration, fit
-from datafree.quant.insert import latent_weight, quantized_layers, quantizers, weight_quantizer
+from datafree.quant.insert import latent_weight, plan_of, quantized_layers, quantizers, weight_quantizer
 from datafree.quant.observe import observe, observe_moving, observe_percentile
 from datafree.quant.ranges import minmax
 from datafree.synth.filters import low_pass
@@ -145,7 +145,7 @@ def distill(
     stop = FirstOf((lesson.clock,) if held is None else (lesson.clock, held))
     with _trainable(params), _gradient(student, recipe.gradient):
         try:
-            losses = fit(params, lesson, steps, optimizer, ctx, "distill", schedule, stop)
+            losses = fit(params, lesson, steps, optimizer, ctx.part(plan_of(student)), "distill", schedule, stop)
             lesson.take_average()
             if held is not None:
                 held.look(len(losses))
