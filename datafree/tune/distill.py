@@ -184,7 +184,7 @@ class _Lesson:
     def __call__(self) -> Terms:
         """The terms of the student's loss on a new batch; the source is updated first, when it is its turn."""
         recipe = self.recipe
-        _follow(self.student, recipe)
+        _follow(self.student, recipe, check=False)
         if self.taken % recipe.each == 0:
             self.source.update(self.student)
         x, labels, (t, maps) = self._shown()
@@ -317,10 +317,11 @@ def _set_ranges(student: nn.Module, task: Task, source: Source, recipe: Recipe) 
 
 
 @torch.no_grad()
-def _follow(student: nn.Module, recipe: Recipe) -> None:
+def _follow(student: nn.Module, recipe: Recipe, check: bool = True) -> None:
+    """Set the ranges of the weights anew; without ``check`` a GPU is not waited for, and the loss tells of weights that are not finite."""
     for layer in quantized_layers(student).values() if recipe.weight_range == "follow" else ():
         quantizer = weight_quantizer(layer)
-        quantizer.set(*minmax(latent_weight(layer), quantizer.spec))
+        quantizer.set(*minmax(latent_weight(layer), quantizer.spec, check), check=check)
 
 
 def _groups(student: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
