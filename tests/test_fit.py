@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from pathlib import Path
 
@@ -323,3 +324,16 @@ def test_runs_in_one_folder_do_not_meet_whatever_they_differ_in(tmp_path: Path) 
     assert (descended(one, 1.0), descended(other, 2.0)) == (1.0, 2.0)
     again = dataclasses.replace(base, identity="2 bits", stages=count())
     assert descended(again, 9.0) == 1.0, "the same run did not find its checkpoint"
+
+
+@pytest.mark.parametrize(("mixed", "device", "expected"), ((True, "cuda", True), (False, "cuda", False), (True, "cpu", False)))
+def test_mixed_precision_can_be_switched_off(mixed: bool, device: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def autocast(kind: str, dtype: torch.dtype, enabled: bool) -> AbstractContextManager[None]:
+        seen.append(enabled)
+        return nullcontext()
+
+    monkeypatch.setattr(torch, "autocast", autocast)
+    descended(dataclasses.replace(Ctx.create(0), device=torch.device(device), mixed_precision=mixed), 1.0)
+    assert seen == [expected]
