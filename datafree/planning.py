@@ -1,10 +1,8 @@
 """Which plan to take: for any method, the Pareto frontier of bytes and expected loss over the bits of all layers."""
 
 import copy
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal, final
 
 import torch
@@ -16,7 +14,7 @@ from datafree.bits.pareto import Point, frontier
 from datafree.bits.sensitivity import distortions
 from datafree.closed.gram import grams, output_energy
 from datafree.closed.regress import answers, distance
-from datafree.context import Ctx
+from datafree.context import Ctx, Made
 from datafree.errors import MethodError, TargetError
 from datafree.graph import swap
 from datafree.graph.flow import Flow, Layer, read
@@ -154,17 +152,16 @@ Costs = Mapping[str, Mapping[int, int]]
 
 
 def _students(method: Method, teacher: nn.Module, task: Task, targets: list[Target], ctx: Ctx) -> dict[int, nn.Module]:
-    """The student at each width, all from the same random draws, so that pictures are optimised once; notes are told once."""
-    state = ctx.generator.get_state()
+    """The student at each width, all from the same random draws; pictures are optimised once for all of them, and notes told once."""
+    state, pictures = ctx.generator.get_state(), Made[Tensor]()
     found = {}
-    with tempfile.TemporaryDirectory(prefix="datafree-") as folder:
-        for number, target in enumerate(targets, 1):
-            generator = torch.Generator(ctx.device).manual_seed(0)
-            generator.set_state(state)
-            listen = ctx.on_event if number == 1 else lambda event: None if event.name == "note" else ctx.on_event(event)
-            own = replace(ctx, generator=generator, folder=Path(folder), on_event=listen)
-            found[target.widths[0]] = student_of(method, teacher, task, target, own)
-            ctx.progress("widths", number, len(targets))
+    for number, target in enumerate(targets, 1):
+        generator = torch.Generator(ctx.device).manual_seed(0)
+        generator.set_state(state)
+        listen = ctx.on_event if number == 1 else lambda event: None if event.name == "note" else ctx.on_event(event)
+        own = replace(ctx, generator=generator, folder=None, pictures=pictures, on_event=listen)
+        found[target.widths[0]] = student_of(method, teacher, task, target, own)
+        ctx.progress("widths", number, len(targets))
     return found
 
 

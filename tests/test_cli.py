@@ -107,7 +107,8 @@ def test_default_folders_are_fresh(capsys: Output, own: str) -> None:
     assert folders == [f"runs/net-rtn-w2-6-afloat-deploy{end}" for end in ("", "-2", "-3")]
 
 
-def test_summary_has_as_many_lines_for_many_layers(capsys: Output, own: str) -> None:
+def test_summary_has_as_many_lines_for_many_layers(capsys: Output, monkeypatch: pytest.MonkeyPatch, own: str) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")  # no line is folded
     lines = [len(told(capsys, "quantize", net, "--out", f"out{index}").splitlines()) for index, net in enumerate((own, "digits"))]
     assert lines[0] >= lines[1]  # the small network has a note on its missing norms, if anything
 

@@ -103,11 +103,26 @@ def test_the_page_tells_what_decides(html: str) -> None:
 def test_the_estimate_is_called_one_and_tells_why_it_is_unknown(run: Path) -> None:
     told = {**content(open_folder(run)), "layers": None, "frontier": None}
     assert isinstance(told["verdict"], dict)
-    for drop, part in ((4.25, "An estimate without data"), (None, "kl = 9 lies outside")):
-        told["verdict"]["estimated_loss"] |= {"drop": drop, "low": 1.0, "high": 9.0, "unknown": None if drop else "kl = 9 lies outside"}
+    guess = told["verdict"]["estimated_loss"]
+    size = "fitted on networks of up to 0.9 M parameters and 10 to 1000 classes"
+    for judged, drop, unknown, head, detail in (
+        ("estimated", 4.25, None, "4.2 points of top-1", f"1.0 to 9.0 with 90 % confidence, an estimate without data, {size}"),
+        ("too small", None, None, "too small to tell (under 9.0 points of top-1)", f"an estimate without data, {size}"),
+        ("probably large", None, "kl = 9 lies above", "unknown, and probably large", f"kl = 9 lies above; {size}"),
+        ("unknown", None, "no classifier", "unknown", "no classifier"),
+    ):
+        guess |= {"verdict": judged, "drop": drop, "low": 1.0, "high": 9.0, "unknown": unknown}
         text = page(told)
-        assert part in text and ("4.2 points" in text) == (drop is not None)
-    assert dict(verdict_rows(told["verdict"]))["estimated loss"] == "unknown: kl = 9 lies outside"
+        assert f">{head}<" in text and f">{detail}<" in text
+        assert dict(verdict_rows(told["verdict"]))["estimated loss"] == f"{head}: {detail}"
+
+
+def test_fidelity_without_classes_is_told_so(run: Path) -> None:
+    told = {**content(open_folder(run)), "layers": None, "frontier": None}
+    assert isinstance(told["verdict"], dict)
+    told["verdict"]["fidelity"] |= {"agreement": None, "kl": None, "sqnr": 12.34}
+    assert "12.3 dB" in page(told) and "no class axis" in page(told) and "same class" not in page(told)
+    assert dict(verdict_rows(told["verdict"]))["on noise"] == "SQNR 12.3 dB (no class axis)"
 
 
 def test_the_head_tells_whether_anything_was_read(run: Path, bare: Path) -> None:
