@@ -53,7 +53,7 @@ def test_openvino(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     weights = (run / "model.bin").stat().st_size
     assert found["file"] == "model.xml" and found["file_bytes"] == (run / "model.xml").stat().st_size + weights
-    assert weights < found["packed_bytes"] and found["fell_back"] == [] and found["runtime"].startswith("openvino")
+    assert weights < found["packed_bytes"] and found["fell_back"] == {} and found["runtime"].startswith("openvino")
     assert found["code_difference"] <= 1 and found["same_top1"] == 100 and found["layers"] == len(found["kernels"]) == 16
     packed = str(run / "openvino.onnx")
     command = ["export", str(run), "--packing", "openvino-onnx", "--out", packed, "--allow-fallback", "--fastest"]
