@@ -140,12 +140,12 @@ class Verification:
         found = [f"the file has no output {name!r} like the student's: {what}: export it anew" for name, what in self.missing.items()]
         if self.code_difference > 1:
             found.append(f"codes of {self.first_difference} differ by up to {self.code_difference} steps from the student's{self._cause}")
-        given = "without its activation quantizers, the student's" if self.float_kernels else "given equal codes, the student's"
+        given = "without the student's activation quantizers" if self.float_kernels else "given equal codes"
         for name, output in self.outputs.items():
             if not output.close and output.differing is not None:
-                found.append(f"{output.differing:.2g} % of the integers of {name} are not {given}{self._cause}")
+                found.append(f"{given}, {output.differing:.2g} % of the integers of {name} are not the student's{self._cause}")
             elif not output.close:
-                found.append(f"{name} differs by {output.local:.2g} of {output.largest_value:.2g} from {given}{self._cause}")
+                found.append(f"{given}, {name} differs by {output.local:.2g} of {output.largest_value:.2g} from the student's{self._cause}")
         return tuple(found)
 
     @property

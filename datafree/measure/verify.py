@@ -6,6 +6,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from datafree.export.runtime import Kernel, Loaded, RuntimeName, open_file, runt
 from datafree.measure.speed import Latency, interleaved
 from datafree.measure.verification import DefaultPrecision, OutputDifference, Verification
 from datafree.outputs import left_out, named_outputs
+from datafree.plan import QSpec
 from datafree.quant.grid import dequantize, quantize
 from datafree.quant.insert import quantizers
 from datafree.quant.quantizer import Quantizer
@@ -222,13 +224,28 @@ def _forced(
     kernels, activations are not rounded.
     """
     steps: dict[str, Tensor] = {}
-    hooks = {point: _take_over(point, found, steps, float_kernels) for point in quantizers(student)}
+    shared: dict[_Rounded, Tensor] = {}
+    hooks = {point: _take_over(point, found, steps, shared, float_kernels) for point in quantizers(student)}
     with _hooked(student, hooks):
         return _on_cpu(named_outputs(_called(student, x), task.output)), steps
 
 
+@dataclass(frozen=True, eq=True)
+class _Rounded:
+    """A tensor, in the version that was rounded, and the grid it was rounded to: a file holds the codes once."""
+
+    tensor: Tensor = field(hash=False, compare=False)
+    identity: int
+    version: int
+    grid: tuple[float, float, QSpec]
+
+
+def _rounded(x: Tensor, quantizer: Quantizer) -> _Rounded:
+    return _Rounded(x, id(x), x._version, (float(quantizer.scale), float(quantizer.zero), quantizer.spec))
+
+
 def _take_over(
-    point: str, found: Mapping[str, Array], steps: dict[str, Tensor], float_kernels: bool
+    point: str, found: Mapping[str, Array], steps: dict[str, Tensor], shared: dict[_Rounded, Tensor], float_kernels: bool
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     calls = 0
 
@@ -236,14 +253,17 @@ def _take_over(
         nonlocal calls
         assert isinstance(module, Quantizer)
         calls += 1
-        given = found.get(codes_name(point, calls))
-        if given is None:  # the file shares the codes of an equal quantizer, or rounds nothing
-            return args[0] if float_kernels else result
+        if float_kernels:
+            return args[0]
+        given, key = found.get(codes_name(point, calls)), _rounded(args[0], module)
+        if given is None:  # the file has the codes of an equal quantizer of the same tensor
+            return shared.get(key, result)
         shift = 128 if module.spec.levels[0] < 0 else 0
         codes = torch.from_numpy(given.astype(np.int16)).to(result.device) - shift
         own = quantize(args[0], module.scale, module.zero, module.spec)
         steps[point if calls == 1 else f"{point}, call {calls}"] = (codes - own).abs().cpu()
-        return dequantize(codes, module.scale, module.zero, module.spec)
+        shared[key] = dequantize(codes, module.scale, module.zero, module.spec)
+        return shared[key]
 
     return hook
 
