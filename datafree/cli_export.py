@@ -21,7 +21,7 @@ from datafree.export.openvino_runtime import imported
 from datafree.measure.verification import fallen
 from datafree.method import option
 from datafree.networks import load_network
-from datafree.report.runs import RUN_FILE, VERIFICATION_FILE
+from datafree.report.runs import RUN_FILE, VERIFICATION_FILE, verifications
 from datafree.task import Task
 
 if TYPE_CHECKING:
@@ -91,13 +91,12 @@ def verify_command(
 
 
 def _check(file: Path, run: Path, student: nn.Module, task: Task, flags: CheckFlags) -> None:
-    """Show what came of running a file, and leave it in the run for its report if the file is that of its student.
+    """Show what came of running a file, and leave it in the run, under the file's name, if the file is that of its student.
 
     Raises VerifyError where it failed; fallbacks and slowness may be allowed.
     """
     found, size = verify(file, student, task, runtime=flags.runtime, threads=flags.threads), packed_bytes(student)
-    if not found.differences:
-        write_whole(run / VERIFICATION_FILE, (strict_json(found.to_json()) + "\n").encode())
+    _keep(run, found)
     console = Console(highlight=False, markup=False, emoji=False)
     if flags.json:
         show.show_json(console, {**found.to_json(), "packed_bytes": size})
@@ -106,6 +105,15 @@ def _check(file: Path, run: Path, student: nn.Module, task: Task, flags: CheckFl
     failures = found.differences if flags.allow_fallback else found.failures
     if failures:
         raise VerifyError("; ".join(failures))
+
+
+def _keep(run: Path, found: "Verification") -> None:
+    """Put what came of a file behind what came of the others; a file that is not the student's is forgotten."""
+    before = verifications(run)
+    others = {name: each for name, each in before.items() if name != found.file}
+    after = others if found.differences else {**others, found.file: found.to_json()}
+    if before or after:
+        write_whole(run / VERIFICATION_FILE, (strict_json(after) + "\n").encode())
 
 
 def bench_speed_command(

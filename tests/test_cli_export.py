@@ -1,6 +1,7 @@
 """The commands around exported files, as a user types them."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -45,6 +46,15 @@ def test_a_file_of_another_student_ends_with_3(run: Path, tmp_path: Path, capsys
 def test_what_came_of_it_stays_with_the_run(run: Path) -> None:
     found = verdict(open_folder(run))["runtime"]
     assert isinstance(found, dict) and found["layers"] == found["integer_layers"] == 16 and found["latency_ms"] > 0
+
+
+def test_every_file_keeps_its_verification(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("verification.json"))
+    shutil.copy(folder / "model.onnx", folder / "other.onnx")
+    for name in ("model.onnx", "other.onnx", "model.onnx"):
+        assert cli.main(["verify", str(folder / name), "--against", str(folder), "--allow-fallback"]) == 0
+    assert list(open_folder(folder).verifications) == ["other.onnx", "model.onnx"]  # the latest last
 
 
 def test_openvino(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

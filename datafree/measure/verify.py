@@ -22,7 +22,7 @@ from datafree.export.runtime import Kernel, Loaded, RuntimeName, open_file, runt
 from datafree.measure.speed import Latency, interleaved
 from datafree.measure.verification import DefaultPrecision, OutputDifference, Verification
 from datafree.outputs import left_out, named_outputs
-from datafree.plan import QSpec
+from datafree.plan import Plan, QSpec
 from datafree.quant.grid import dequantize, quantize
 from datafree.quant.insert import quantizers
 from datafree.quant.quantizer import Quantizer
@@ -72,7 +72,6 @@ def verify(
     answers = loaded.run(x.numpy())
     missing = _missing(own, answers)
     outputs = {name: _difference(own[name], answers[name], forced[name], found[name]) for name in own if name not in missing}
-    answer = next(iter(own))
     prepared = prepare(student, task) if prepared is None else prepared
     kernels = loaded.kernels(prepared.layers)
     latency, float_latency = _latencies(loaded, prepared, threads, x[:1].numpy(), runtime)
@@ -86,12 +85,12 @@ def verify(
         outputs=outputs,
         missing=missing,
         left_out=left,
-        same_top1=None if answer in missing else _same_top1(task, own[answer], torch.from_numpy(answers[answer])),
+        same_top1=_same_top1(task, own, answers, missing),
         points=len(steps),
         code_difference=max(worst.values(), default=0),
         first_difference=next((point for point, step in worst.items() if step > 1), None),
         differing_codes=100 * sum(int((each > 0).sum()) for each in steps.values()) / max(1, sum(map(torch.numel, steps.values()))),
-        same_plan=header["plan"] == json.loads(json.dumps(prepared.plan.to_json())) if "plan" in header else None,
+        same_plan=_same_plan(header, prepared.plan),
         layers=len(prepared.layers),
         float_inputs=len(prepared.layers) - len(prepared.integer),
         kernels=kernels,
@@ -102,6 +101,10 @@ def verify(
         latency=latency,
         float_latency=float_latency,
     )
+
+
+def _same_plan(header: Mapping[str, object], plan: Plan) -> bool | None:
+    return header["plan"] == json.loads(json.dumps(plan.to_json())) if "plan" in header else None
 
 
 def _own(student: nn.Module, task: Task, x: Tensor) -> tuple[dict[str, Tensor], Counter[str], tuple[str, ...]]:
@@ -179,9 +182,13 @@ def _far(one: Tensor, other: Array) -> Tensor:
     return torch.where(same, torch.zeros(()).double(), (first - second).abs())
 
 
-def _same_top1(task: Task, own: Tensor, answer: Tensor) -> float | None:
-    axis = _class_axis(task, tuple(own.shape))
-    return None if axis is None else 100 * float((own.argmax(axis) == answer.argmax(axis)).double().mean())
+def _same_top1(task: Task, own: Mapping[str, Tensor], answers: Mapping[str, Array], missing: Mapping[str, str]) -> float | None:
+    """Of the task's answer, which is the first output."""
+    name, answer = next(iter(own.items()))
+    axis = _class_axis(task, tuple(answer.shape))
+    if axis is None or name in missing:
+        return None
+    return 100 * float((answer.argmax(axis) == torch.from_numpy(answers[name]).argmax(axis)).double().mean())
 
 
 def _class_axis(task: Task, shape: tuple[int, ...]) -> int | None:

@@ -38,6 +38,7 @@ def page(told: Table, pictures: Path | None = None) -> str:
         "report.html.jinja",
         {
             "verdict": table(told["verdict"]),
+            "files": told["files"],
             "silent": _silent(table(told["manifest"])["evidence"]),
             "notes": told["notes"],
             "layers": layers,
