@@ -47,7 +47,7 @@ from datafree.task import Task
 if TYPE_CHECKING:
     from datafree.export.runtime import RuntimeName
     from datafree.export.unpack import Packing
-    from datafree.measure.verify import Verification
+    from datafree.measure.verification import Verification
 
 __all__ = ["Result", "check_free", "export", "load", "made_by", "quantize", "strict_json", "verify", "with_estimate", "with_layers"]
 

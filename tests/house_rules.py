@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 CODE_FOLDERS = ("datafree", "tests", "tests_zoo", "benchmarks", "examples")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
-BASE = ("errors", "plan", "context", "task", "method", "fit", "parallel")
+BASE = ("errors", "outputs", "plan", "context", "task", "method", "fit", "parallel")
 CHAIN = ("graph", "quant", "closed", "bits", "synth", "tune", "methods")  # each may import those before it
 BESIDE = ("export", "measure", "report")  # these import graph, quant and each other in this order
 MAY_IMPORT: dict[str, set[str]] = {

@@ -1,6 +1,7 @@
 """The commands around exported files, as a user types them."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -47,13 +48,22 @@ def test_what_came_of_it_stays_with_the_run(run: Path) -> None:
     assert isinstance(found, dict) and found["layers"] == found["integer_layers"] == 16 and found["latency_ms"] > 0
 
 
+def test_every_file_keeps_its_verification(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("verification.json"))
+    shutil.copy(folder / "model.onnx", folder / "other.onnx")
+    for name in ("model.onnx", "other.onnx", "model.onnx"):
+        assert cli.main(["verify", str(folder / name), "--against", str(folder), "--allow-fallback"]) == 0
+    assert list(open_folder(folder).verifications) == ["other.onnx", "model.onnx"]  # the latest last
+
+
 def test_openvino(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install 'datafree[openvino]'")
     assert cli.main(["export", str(run), "--to", "openvino", "--allow-fallback", "--threads", "1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     weights = (run / "model.bin").stat().st_size
     assert found["file"] == "model.xml" and found["file_bytes"] == (run / "model.xml").stat().st_size + weights
-    assert weights < found["packed_bytes"] and found["fell_back"] == [] and found["runtime"].startswith("openvino")
+    assert weights < found["packed_bytes"] and found["fell_back"] == {} and found["runtime"].startswith("openvino")
     assert found["code_difference"] <= 1 and found["same_top1"] == 100 and found["layers"] == len(found["kernels"]) == 16
     packed = str(run / "openvino.onnx")
     command = ["export", str(run), "--packing", "openvino-onnx", "--out", packed, "--allow-fallback", "--fastest"]

@@ -73,7 +73,13 @@ def _move_all(parts: list[Path], folder: Path) -> None:
 
 
 def size_of(path: str | Path) -> int:
-    """Bytes of an exported file; OpenVINO's have their weights in a second one."""
+    """Bytes of an exported file, with those of a second one that holds its weights: of OpenVINO's files, and of ONNX files beyond 2 GiB."""
     file = Path(path)
-    weights = file.with_suffix(".bin")
-    return file.stat().st_size + (weights.stat().st_size if file.suffix == ".xml" and weights.exists() else 0)
+    weights = file.with_suffix(".bin") if file.suffix == ".xml" else external_data(file)
+    there = weights.exists() and (file.suffix == ".xml" or weights.name.encode() in file.read_bytes())
+    return file.stat().st_size + (weights.stat().st_size if there else 0)
+
+
+def external_data(file: Path) -> Path:
+    """Where the weights of an ONNX file stand if it does not hold them itself."""
+    return file.with_name(f"{file.name}.data")

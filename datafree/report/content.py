@@ -15,6 +15,7 @@ def content(run: Run) -> dict[str, object]:
     return {
         "version": VERSION,
         "verdict": verdict(run),
+        "files": [_runtime(found) for found in run.verifications.values()],
         "layers": run.layers,
         "frontier": run.frontier,
         "chosen": _chosen(run),
@@ -26,6 +27,7 @@ def content(run: Run) -> dict[str, object]:
 def verdict(run: Run) -> dict[str, object]:
     """The figures that decide: bits, size, what was lost, speed.
 
+    ``runtime`` is that of the exported file that was verified last.
     ``accuracy`` is measured, where labelled data was given; ``estimated_loss`` was estimated without data, None where nobody did.
     """
     record, target = run.record, table(run.record["target"])
@@ -49,7 +51,6 @@ def verdict(run: Run) -> dict[str, object]:
 
 
 def _runtime(found: Table) -> dict[str, object]:
-    kernels = table(found["kernels"]).values()
     return {
         "runtime": found["runtime"],
         "file": found["file"],
@@ -58,7 +59,8 @@ def _runtime(found: Table) -> dict[str, object]:
         "float_latency_ms": table(found["float_latency"])["median"],
         "times_as_fast": found["speedup"],
         "layers": found["layers"],
-        "integer_layers": sum(bool(table(kernel)["integer"]) for kernel in kernels),
+        "integer_layers": found["integer_layers"],
+        "float_kernels": found["float_kernels"],
     }
 
 
@@ -103,8 +105,10 @@ def verdict_rows(told: Table) -> list[tuple[str, str]]:
     if runtime is None:
         return [*rows, ("latency", "not exported"), ("integer kernels", "not exported")]
     ran = table(runtime)
-    latency = f"{number(ran['latency_ms']):.2f} ms, {number(ran['times_as_fast']):.2f} times as fast as in float"
-    return [*rows, ("latency", latency), ("integer kernels", f"{ran['integer_layers']} of {ran['layers']} layers, {ran['runtime']}")]
+    latency = f"{ran['file']}: {number(ran['latency_ms']):.2f} ms, {number(ran['times_as_fast']):.2f} times as fast as in float"
+    chosen = ", float kernels by choice" if ran["float_kernels"] else ""
+    kernels = f"{ran['integer_layers']} of {ran['layers']} layers{chosen}, {ran['runtime']}"
+    return [*rows, ("latency", latency), ("integer kernels", kernels)]
 
 
 def estimate_text(estimate: object) -> str:

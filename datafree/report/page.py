@@ -39,6 +39,7 @@ def page(told: Table, pictures: Path | None = None) -> str:
         {
             "verdict": table(told["verdict"]),
             "estimate": estimate_parts(table(told["verdict"])["estimated_loss"]),
+            "files": told["files"],
             "silent": _silent(table(told["manifest"])["evidence"]),
             "notes": told["notes"],
             "layers": layers,

@@ -24,7 +24,7 @@ class Run:
         record: run.json.
         plan: plan.json.
         layers: layers.json, the noise layer by layer.
-        verification: verification.json, what an exported file did in its runtime.
+        verifications: verification.json, what exported files did in their runtimes, by the name of the file, the latest last.
         frontier: frontier.json, points with ``bytes``, ``loss`` and ``bits`` by layer.
     """
 
@@ -32,8 +32,13 @@ class Run:
     record: Table
     plan: Table
     layers: Table | None
-    verification: Table | None
+    verifications: Mapping[str, Table]
     frontier: tuple[Table, ...] | None
+
+    @property
+    def verification(self) -> Table | None:
+        """What the file did that was verified last."""
+        return list(self.verifications.values())[-1] if self.verifications else None
 
     @property
     def student_hash(self) -> str:
@@ -53,11 +58,20 @@ def open_folder(folder: str | Path) -> Run:
     for name in (RUN_FILE, PLAN_FILE, STUDENT_FILE):
         if not (place / name).is_file():
             raise WeightsError(f"{place} holds no {name}: expected a folder that 'datafree quantize' wrote")
-    record, plan, layers, verification = (_table(place / name) for name in (RUN_FILE, PLAN_FILE, LAYERS_FILE, VERIFICATION_FILE))
+    record, plan, layers = (_table(place / name) for name in (RUN_FILE, PLAN_FILE, LAYERS_FILE))
     assert record is not None and plan is not None
     if missing := [key for key in ("method", "target", "weights_hash", "float_bytes", "packed_bytes", "fidelity") if key not in record]:
         raise WeightsError(f"{place / RUN_FILE} says nothing of {missing[0]}: it is damaged or of another version; quantize again")
-    return Run(place, record, plan, layers, verification, _points(place / FRONTIER_FILE))
+    return Run(place, record, plan, layers, verifications(place), _points(place / FRONTIER_FILE))
+
+
+def verifications(folder: Path) -> dict[str, Table]:
+    """What exported files did in their runtimes, by the name of the file, the latest last. Raises WeightsError where that is damaged."""
+    file = folder / VERIFICATION_FILE
+    found = _table(file) or {}
+    if not all(isinstance(each, Mapping) and {"kernels", "latency"} <= each.keys() for each in found.values()):
+        raise WeightsError(f"{file} is damaged or of another version: remove it, then verify the files again")
+    return {name: table(each) for name, each in found.items()}
 
 
 def table(value: object) -> Table:

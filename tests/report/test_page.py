@@ -29,9 +29,12 @@ FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
     "--disable-sync --enable-logging=stderr --v=0"
 ).split()
+FAST = {
+    "file": "fast.onnx", "runtime": "onnxruntime 1.0", "file_bytes": 8, "speedup": 4.0, "layers": 3, "integer_layers": 0, "kernels": {},
+    "latency": {"median": 0.25}, "float_latency": {"median": 1.0}, "float_kernels": True,
+}  # fmt: skip
 VERIFICATION = {
-    "file": "model.onnx", "runtime": "onnxruntime 1.0", "file_bytes": 9, "speedup": 2.0, "layers": 3,
-    "latency": {"median": 0.5}, "float_latency": {"median": 1.0}, "kernels": {"a": {"integer": True}, "b": {"integer": False}},
+    **FAST, "file": "model.onnx", "file_bytes": 9, "speedup": 2.0, "integer_layers": 1, "latency": {"median": 0.5}, "float_kernels": False,
 }  # fmt: skip
 
 
@@ -55,7 +58,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = result.save(tmp_path_factory.mktemp("runs") / "whole")
     points = [{"bytes": 1000 * size, "loss": 1 / size, "bits": own if size == 3 else dict.fromkeys(own, 2)} for size in range(1, 6)]
     (folder / "frontier.json").write_text(json.dumps(points))
-    (folder / "verification.json").write_text(json.dumps(VERIFICATION))
+    (folder / "verification.json").write_text(json.dumps({each["file"]: each for each in (FAST, VERIFICATION)}))
     return folder
 
 
@@ -98,6 +101,13 @@ def test_the_page_tells_what_decides(html: str) -> None:
     for part in ("80.00 %", "10.00 points below 90.00 %", "estimated loss", "1 of 3", "0.50 ms", "2.00 times as fast", "W4 A4"):
         assert part in html
     assert "some &lt;data&gt;" in html and "some <data>" not in html
+
+
+def test_the_page_lists_all_files_and_decides_by_the_latest(run: Path, html: str) -> None:
+    found = content(open_folder(run))
+    assert isinstance(found["files"], list) and [each["file"] for each in found["files"]] == ["fast.onnx", "model.onnx"]
+    assert "model.onnx: 0.50 ms" in dict(verdict_rows(verdict(open_folder(run))))["latency"]
+    assert "fast.onnx (float kernels by choice)" in html and "4.00" in html
 
 
 def test_the_estimate_is_called_one_and_tells_why_it_is_unknown(run: Path) -> None:
@@ -251,6 +261,7 @@ def test_pictures_without_two_axes_have_a_sheet(run: Path, tmp_path: Path) -> No
         ("plan.json", '{"layers": 3}', "expected an object, found 3"),
         ("layers.json", "1", "holds a int"),
         ("frontier.json", '[{"bytes": 1}]', "is no frontier"),
+        ("verification.json", '{"file": "model.onnx"}', "of another version: remove it, then verify the files again"),
     ),
 )
 def test_damaged_files_are_told(bare: Path, name: str, text: str, message: str) -> None:
