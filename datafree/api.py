@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from datafree import parallel
 from datafree.bits.cost import float_bytes, packed_bytes
+from datafree.checks import check_network
 from datafree.context import Ctx, Event
 from datafree.errors import MethodError, MissingExtraError, NetworkError, OutputError, TargetError, WeightsError
 from datafree.export.files import write_whole
@@ -32,7 +33,6 @@ from datafree.measure.estimate import estimate_drop
 from datafree.measure.fidelity import fidelity
 from datafree.measure.layers import LayerReport, layer_report
 from datafree.method import Method, find_method
-from datafree.networks import check_network
 from datafree.plan import Plan, QSpec, Target
 from datafree.quant.insert import plan_of, quantizers
 from datafree.quant.settle import settle

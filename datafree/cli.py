@@ -17,6 +17,7 @@ from rich.padding import Padding
 
 from datafree import parallel, show
 from datafree.api import Result, check_free, load, quantize, with_estimate, with_layers
+from datafree.checks import check_network
 from datafree.cli_export import bench_speed_command, export_command, verify_command
 from datafree.cli_flags import (
     DEFAULT_METHOD,
@@ -41,7 +42,7 @@ from datafree.graph.swap import frozen_copy
 from datafree.measure.accuracy import Comparison, compare, evaluate
 from datafree.measure.data import Data, find_data, open_data
 from datafree.method import Method, find_method, methods, option
-from datafree.networks import EMBEDDED, check_network
+from datafree.networks import EMBEDDED
 from datafree.plan import Plan, Protocol, Target
 from datafree.report.evidence import recorder
 from datafree.task import Task

@@ -14,6 +14,7 @@ from datafree.api import student_of
 from datafree.bits.cost import packed_bytes_table
 from datafree.bits.pareto import Point, frontier
 from datafree.bits.sensitivity import distortions
+from datafree.checks import check_network
 from datafree.closed.gram import grams, output_energy
 from datafree.closed.regress import answers, distance
 from datafree.context import Ctx
@@ -24,7 +25,6 @@ from datafree.graph.fold import foldable
 from datafree.graph.swap import frozen_copy
 from datafree.graph.taps import anchored
 from datafree.method import Method, find_method
-from datafree.networks import check_network
 from datafree.plan import Plan, QSpec, Target
 from datafree.quant.insert import plan_of
 from datafree.synth.noise import Pictures, source_of

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from datafree.checks import check_network
 from datafree.errors import MissingExtraError, NetworkError, WeightsError
-from datafree.networks import Network, check_network, load_network, task_with
+from datafree.networks import Network, load_network, task_with
 from datafree.task import Task
 
 SMALL = Task(shape=(3, 8, 8), classes=5)

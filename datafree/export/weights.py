@@ -18,8 +18,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from datafree.errors import NetworkError, TargetError, WeightsError
+from datafree.export.checkpoints import named
 from datafree.export.files import write_whole
-from datafree.export.float_weights import named
 from datafree.export.pack import pack, packed_size, unpack
 from datafree.plan import Plan
 from datafree.quant.freeze import float_tensors, freeze
