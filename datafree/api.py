@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from datafree import parallel
 from datafree.bits.cost import float_bytes, packed_bytes
-from datafree.checks import check_network
+from datafree.checks import check_network, example_inputs
 from datafree.context import Ctx, Event
 from datafree.errors import MethodError, MissingExtraError, NetworkError, OutputError, TargetError, WeightsError
 from datafree.export.files import write_whole
@@ -28,7 +28,7 @@ from datafree.export.float_weights import weights_hash
 from datafree.export.weights import load_student, save_student
 from datafree.fit import resumable
 from datafree.graph.flow import read
-from datafree.graph.swap import frozen_copy
+from datafree.graph.swap import frozen_copy, unwrapped
 from datafree.measure.estimate import estimate_drop
 from datafree.measure.fidelity import fidelity
 from datafree.measure.layers import LayerReport, layer_report
@@ -259,10 +259,13 @@ def quantize(
     chosen.check()
     if not isinstance(model, nn.Module):
         raise NetworkError(f"the network must be a torch.nn.Module, not a {type(model).__name__}: see datafree.networks.load_network")
-    check_network(model, task)
+    found = check_network(model, task)
+    model = unwrapped(model)
     notes: list[str] = []
     kept: list[Tensor] = []
     ctx = replace(Ctx.create(seed, device, _noting(notes, on_event)), on_pictures=kept.append)
+    for note in found:
+        ctx.note(note)
     teacher = frozen_copy(model, ctx.device)
     asked: dict[str, object] = {
         "versions": {"datafree": version("datafree"), "torch": torch.__version__, "python": platform.python_version()},
@@ -335,7 +338,9 @@ def student_of(method: Method, teacher: nn.Module, task: Task, target: Target, c
 
 
 def load(folder: str | Path, model: nn.Module) -> nn.Module:
-    """The student saved in ``folder``, built on ``model``, a float network of the same architecture, which stays unchanged.
+    """The student saved in ``folder``, in eval mode, built on ``model``, a float network of the same architecture.
+
+    ``model`` stays as it is, in whatever mode and precision it is: the student is built on a float32 copy, as :func:`quantize` does.
 
     Raises WeightsError where the folder holds no student or one that does not fit.
     """
@@ -370,13 +375,15 @@ def _check_contract(teacher: nn.Module, student: nn.Module, task: Task, target: 
     unset = [point for point, quantizer in quantizers(student).items() if not quantizer.ready]
     if unset:
         raise MethodError(f"the method left the ranges of {', '.join(unset[:5])} unset")
-    inputs = task.noise(2, torch.Generator(next(student.parameters()).device).manual_seed(0))
+    inputs = example_inputs(task, 2, next(student.parameters()).device)
     with torch.no_grad():
         before, after = task.run(teacher, inputs), task.run(student, inputs)
     if before.shape != after.shape:
         raise NetworkError(f"the student answers in shape {tuple(after.shape)}, the network in {tuple(before.shape)}")
     if not torch.isfinite(after).all():
-        raise NetworkError("the student answers noise with NaN or infinity: the network's statistics may be damaged; try method 'rtn'")
+        raise NetworkError(
+            "the student answers pixels drawn at random with NaN or infinity: the network's statistics may be damaged; try method 'rtn'"
+        )
     if target.max_bytes is not None and (size := packed_bytes(student)) > target.max_bytes:
         raise TargetError(f"the student takes {size} bytes, more than max_bytes = {target.max_bytes}: choose fewer bits")
 

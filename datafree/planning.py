@@ -129,7 +129,8 @@ def search(
     chosen.check()
     if len(set(widths)) < 2 or target.plan is not None:
         raise TargetError(f"a search takes two widths at least and a target without a plan, not {widths} and {target.plan}")
-    check_network(model, task)
+    for note in check_network(model, task):
+        ctx.note(note)
     teacher = frozen_copy(model, ctx.device)
     flow = read(teacher, task, replace(ctx, on_event=lambda event: None))
     uniform = [replace(target, weight_bits=bits, max_bytes=None) for bits in sorted(set(widths))]
