@@ -1,15 +1,19 @@
-"""What a network must be like to be quantized, checked before any work is done."""
+"""What a network must be like to be quantized, checked before any work is done, and what a student must be like after it."""
 
 import math
 from collections.abc import Iterator
 from itertools import chain
+from typing import final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from datafree.errors import DatafreeError, NetworkError
+from datafree.bits.cost import packed_bytes
+from datafree.errors import DatafreeError, MethodError, NetworkError, TargetError
 from datafree.graph.swap import frozen_copy, unwrapped, wrappers
+from datafree.plan import Plan, QSpec, Target
+from datafree.quant.insert import plan_of, quantizers
 from datafree.task import Task
 from datafree.user_code import USER_ERRORS, described_error
 
@@ -74,6 +78,33 @@ def example_inputs(task: Task, n: int, device: torch.device) -> Tensor:
     return task.normalise(torch.rand(n, *task.shape, generator=generator)).to(device)
 
 
+def check_student(teacher: nn.Module, student: nn.Module, task: Task, target: Target) -> None:
+    """Refuse a student that lacks what every method owes: ranges, finite answers of the old shape, the asked-for bits and size.
+
+    Raises:
+        MethodError: activations without a range, or other bits than those of a given plan.
+        NetworkError: an answer of another shape than the teacher's, or one that is not finite.
+        TargetError: more bytes than asked for.
+    """
+    if target.plan is not None and _specs(plan_of(student)) != _specs(target.plan):
+        raise MethodError("this method does not keep to a plan that is given: take another method, or give it widths")
+    unset = [point for point, quantizer in quantizers(student).items() if not quantizer.ready]
+    if unset:
+        raise MethodError(f"the method left the ranges of {', '.join(unset[:5])} unset")
+    inputs = example_inputs(task, 2, next(student.parameters()).device)
+    with torch.no_grad():
+        before, after = task.run(teacher, inputs), task.run(student, inputs)
+    if before.shape != after.shape:
+        raise NetworkError(f"the student answers in shape {tuple(after.shape)}, the network in {tuple(before.shape)}")
+    if not torch.isfinite(after).all():
+        raise NetworkError(
+            "the student answers pixels drawn at random with NaN or infinity: the network's statistics may be damaged; try method 'rtn'"
+        )
+    if target.max_bytes is not None and (size := packed_bytes(student)) > target.max_bytes:
+        raise TargetError(f"the student takes {size} bytes, more than max_bytes = {target.max_bytes}: choose fewer bits")
+
+
+@final
 class _Probe:
     """A copy of the network that is run on the same two inputs, alone and in one batch."""
 
@@ -128,14 +159,16 @@ class _Probe:
 
 
 def _failed(task: Task, failure: str, failure_of_both: str) -> str:
-    one = f"fails on a batch of 1: {failure}" if failure else "runs on a batch of 1"
-    two = f"fails on a batch of 2: {failure_of_both}" if failure_of_both else "runs on a batch of 2"
-    if failure == failure_of_both:
-        one, two = "fails on batches of 1 and of 2", failure
-    link = ": " if failure == failure_of_both else "; it " if failure and failure_of_both else ", but "
+    one, two = (f"an input of shape {(n, *task.shape)}" for n in (1, 2))
+    if failure and failure_of_both:
+        found = f"fails on {one}: {failure}; and on {two}: {failure_of_both}"
+    elif failure:
+        found = f"fails on {one}: {failure}; it runs on {two}"
+    else:
+        found = f"runs on {one}, but fails on {two}: {failure_of_both}"
     return (
-        f"the network {one}{link}{two}. Is the task's shape right? It says that an input has the shape {task.shape} (without the batch "
-        f"axis). Inputs of a batch must be independent of each other, in batches of any size: {_INDEPENDENCE}"
+        f"the network {found}. Batches of 1 and of 2 were tried: is the task's shape right? Inputs of a batch must be independent of each "
+        f"other, in batches of any size: {_INDEPENDENCE}"
     )
 
 
@@ -200,6 +233,10 @@ def _blocks(tensor: Tensor) -> tuple[Tensor, ...]:
 
 def _norm_statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, buffer) for name, buffer in model.named_buffers() if name.rpartition(".")[2] in _NORM_STATISTICS)
+
+
+def _specs(plan: Plan) -> dict[str, QSpec]:
+    return {**{name: layer.weight for name, layer in plan.layers.items()}, **plan.activations}
 
 
 def _difference(reference: Tensor, other: Tensor) -> float:

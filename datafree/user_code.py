@@ -32,7 +32,7 @@ USER_ERRORS = (
     zipfile.BadZipFile,
     SafetensorError,
 )
-_NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+_NOT_THE_USERS = tuple(str(Path(file).parent) for file in (torch.__file__, __file__))
 
 
 def described_error(error: BaseException) -> str:

@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{name: {*BASE, *CHAIN[: i + 1]} for i, name in enumerate(CHAIN)},
     **{name: {*BASE, "graph", "quant", *BESIDE[: i + 1]} for i, name in enumerate(BESIDE)},
     **dict.fromkeys(("networks", "zoo"), {*BASE, "graph", "quant", *BESIDE, "networks", "zoo"}),
-    "checks": {*BASE, "graph"},
+    "checks": {*BASE, "graph", "quant", "bits"},
     "api": {*BASE, *CHAIN, *BESIDE, "networks", "checks", "zoo", "__init__"},  # the package itself, for its version
     "show": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "api", "__init__"},
     "planning": {*BASE, *CHAIN, *BESIDE, "networks", "checks", "api"},

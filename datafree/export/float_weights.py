@@ -55,9 +55,12 @@ def load_weights(model: nn.Module, path: str | Path, weights_key: str | None = N
 
 
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256, in hexadecimal, over names, dtypes, shapes and bytes of the tensors of the state dict, sorted by name."""
+    """SHA-256, in hexadecimal, over names, dtypes, shapes and bytes of the tensors of the state dict, sorted by name.
+
+    A wrapper such as DataParallel does not count.
+    """
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(unwrapped(model).state_dict().items()):
         if isinstance(value, Tensor):  # a module may have extra state of any type, which is no weight
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
