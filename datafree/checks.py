@@ -66,7 +66,7 @@ def check_network(model: nn.Module, task: Task) -> tuple[str, ...]:
     change = _difference(torch.cat([first, second], axis), both)
     if change > _INDEPENDENT:
         notes.append(
-            f"the answer to an input depends on the other inputs of the batch: it changes by {100 * change:.2g} % of the largest value "
+            f"the answer to an input depends on the other inputs of the batch: it changes by {100 * change:.3g} % of the largest value "
             "when another input stands beside it (a norm without running statistics, for example); figures depend on the batches"
         )
     return tuple(notes)
@@ -175,7 +175,7 @@ def _failed(task: Task, failure: str, failure_of_both: str) -> str:
 def _unrepeatable(change: float, draws: bool) -> str:
     cause = _DRAWS if draws else _KEEPS_STATE
     return (
-        f"the network answers the same input differently from call to call, by up to {100 * change:.2g} % of the largest value, so no "
+        f"the network answers the same input differently from call to call, by up to {100 * change:.3g} % of the largest value, so no "
         f"student can be compared with it. {cause}"
     )
 
@@ -240,7 +240,7 @@ def _specs(plan: Plan) -> dict[str, QSpec]:
 
 
 def _difference(reference: Tensor, other: Tensor) -> float:
-    """The largest difference, as a share of the largest value; 1 where the shapes or the places of NaN differ."""
+    """The largest difference, as a share of the largest value; 1 where shapes, or places of NaN and infinity, differ."""
     if reference.shape != other.shape:
         return 1.0
     if reference.numel() == 0:
@@ -248,4 +248,12 @@ def _difference(reference: Tensor, other: Tensor) -> float:
     first, second = reference.double(), other.double()
     change = float((first - second).abs().max())
     largest = float(first.abs().max())
-    return 0.0 if torch.equal(first, second) else 1.0 if not math.isfinite(change) else change / largest if largest else 1.0
+    return (
+        0.0
+        if torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)
+        else 1.0
+        if not math.isfinite(change)
+        else change / largest
+        if largest
+        else 1.0
+    )

@@ -131,8 +131,9 @@ def test_function_that_gives_no_network_is_refused(own: Path, function: str, mes
         load_network(f"{own}:{function}")
 
 
-def test_mistake_inside_the_function_comes_through(own: Path) -> None:
-    with pytest.raises(TypeError, match="my own mistake"):
+def test_mistake_inside_the_function_is_reported_with_its_line(own: Path) -> None:
+    line = OWN.splitlines().index('    raise TypeError("my own mistake")') + 1
+    with pytest.raises(NetworkError, match=rf"broken\(\) fails: TypeError: my own mistake \({own}, line {line}, in broken\)"):
         load_network(f"{own}:broken")
 
 
@@ -307,7 +308,7 @@ def overflowing() -> nn.Module:
         (lambda: small().eval(), Task(shape=(1, 8, 8)), r"the network fails on an input of shape \(1, 1, 8, 8\): .*task's shape right\?"),
         (lambda: small().eval(), task_with(SMALL, classes=10), "answers with 5 classes, the task names 10"),
         (lambda: small().eval(), task_with(SMALL, classes=("a", "b")), "answers with 5 classes, the task names 2"),
-        (overflowing, SMALL, "answers NaN or infinity to an input of zeros"),
+        (overflowing, SMALL, "answers NaN or infinity to pixels drawn at random"),
     ],
 )
 def test_unsound_network_is_refused(make: Callable[[], nn.Module], task: Task, message: str) -> None:

@@ -90,7 +90,8 @@ def find_state(data: object, model: nn.Module, file: str, weights_key: str | Non
         states = _chosen(states, weights_key, file)
     matches = [match for key, state in states.items() for match in _matches(key, state, own)]
     fits = [match for match in matches if not match.missing(own) and not match.misfits(own)]
-    best = [match for match in fits if not match.prefix and not match.added] or fits
+    exact = {match.key for match in fits if not match.prefix and not match.added}
+    best = [match for match in fits if match.key not in exact or not match.prefix and not match.added]
     if not best:
         raise WeightsError(f"{file} does not fit the network: {_misfit(matches, states, own)}")
     if len(best) > 1:

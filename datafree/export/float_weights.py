@@ -88,12 +88,11 @@ def _unpickled(file: Path) -> object:
         with torch.serialization.safe_globals([Namespace]):  # arguments of a training program, plain values by name
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        unsafe = re.search(r"Unsupported (?:global|class)\W+(?:GLOBAL )?([\w.]+)", str(error), re.IGNORECASE)
+        unsafe = re.search(r"unsupported (?:global|class)\W+(?:GLOBAL )?([\w.]*)", str(error), re.IGNORECASE)
         reason = "it is damaged or no torch file"
-        if unsafe or "unsupported" in str(error).lower():
-            found = f" ({unsafe[1]})" if unsafe else ""
+        if unsafe is not None:
             reason = (
-                f"it holds objects other than tensors{found}, and opening it could run code. In the program that made it, write "
+                f"it holds objects other than tensors ({unsafe[1]}), and opening it could run code. In the program that made it, write "
                 "torch.save(model.state_dict(), 'weights.pth') and give that file, or use .safetensors"
             )
         raise WeightsError(f"{file} is refused: {reason}") from error

@@ -67,8 +67,9 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _inside(module: nn.Module) -> nn.Module | None:
     """The network that a wrapper runs; None where ``module`` is no wrapper."""
-    name = "module" if isinstance(module, DataParallel | DistributedDataParallel) else "_orig_mod" if _is_compiled(module) else ""
-    return module._modules.get(name)
+    if isinstance(module, DataParallel | DistributedDataParallel):
+        return module.get_submodule("module")
+    return module.get_submodule("_orig_mod") if _is_compiled(module) else None
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -19,7 +19,7 @@ def test_pack_and_unpack_are_inverse(case: tuple[int, list[int]]) -> None:
     assert data.dtype == torch.uint8 and data.shape == (packed_size(len(codes), bits),) == (-(-len(codes) * bits // 8),)
     assert bytes(data.tolist()) == reference.pack(codes, bits)
     back = unpack(data, bits, len(codes))
-    assert back.dtype == torch.int16 and back.tolist() == codes
+    assert back.dtype == torch.uint8 and back.tolist() == codes
 
 
 def test_bit_order() -> None:
@@ -34,7 +34,7 @@ def test_any_shape_and_type_and_the_largest_codes() -> None:
         part = codes % 2**bits
         part[0] = 2**bits - 1
         for dtype in (torch.int16, torch.int64, torch.uint8):
-            assert torch.equal(unpack(pack(part.to(dtype), bits), bits, 105).reshape(7, 5, 3), part.to(torch.int16))
+            assert torch.equal(unpack(pack(part.to(dtype), bits), bits, 105).reshape(7, 5, 3), part.to(torch.uint8))
     assert torch.equal(pack(codes, 8), codes.flatten().to(torch.uint8))
     assert torch.equal(pack(codes.transpose(0, 2), 8), codes.transpose(0, 2).flatten().to(torch.uint8))
 
