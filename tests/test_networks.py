@@ -314,3 +314,41 @@ def overflowing() -> nn.Module:
 def test_unsound_network_is_refused(make: Callable[[], nn.Module], task: Task, message: str) -> None:
     with pytest.raises(NetworkError, match=message):
         check_network(make(), task)
+
+
+# ---------------------------------------------------------------- files of code
+
+
+def test_files_of_one_name_in_two_folders_keep_their_own_neighbours(tmp_path: Path) -> None:
+    text = "from torch import nn\nfrom same_neighbour_in_two_folders import WIDTH\n\nclass Net(nn.Linear):\n    def __init__(self):\n        super().__init__(4, WIDTH)\n"
+    for folder, width in (("one", 2), ("two", 3)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "net.py").write_text(text)
+        (tmp_path / folder / "same_neighbour_in_two_folders.py").write_text(f"WIDTH = {width}\n")
+    one, two, again = (load_network(f"{tmp_path / folder}/net.py:Net").model for folder in ("one", "two", "one"))
+    assert [each.out_features for each in (one, two, again)] == [2, 3, 2]
+    assert type(one).__module__ != type(two).__module__
+    for model in (one, two):
+        assert sys.modules[type(model).__module__].WIDTH == model.out_features
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return torch.load('absent.pth')", r"net\(\) fails: FileNotFoundError: .*absent.pth.* \(.*net.py, line 3, in net\)"),
+        ("return {}['absent']", r"net\(\) fails: KeyError: 'absent' \(.*net.py, line 3, in net\)"),
+        ("raise SystemExit(2)", r"net\(\) fails: SystemExit: 2 \(.*line 3"),
+        ("return torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),))", "returned a torch.export program: give the Python"),
+    ],
+)
+def test_a_function_that_fails_is_reported_with_its_line(body: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(f"import torch\ndef net():\n    {body}\n")
+    with pytest.raises(NetworkError, match=message):
+        load_network(f"{tmp_path}/net.py:net")
+
+
+def test_wrappers_are_taken_off_and_noted(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text("from torch import nn\ndef net():\n    return nn.DataParallel(nn.Linear(4, 2))\n")
+    weights = saved(nn.Linear(4, 2), tmp_path)
+    found = load_network(f"{tmp_path}/net.py:net", weights)
+    assert isinstance(found.model, nn.Linear) and found.notes == ("DataParallel around the network is taken off",)
