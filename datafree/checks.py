@@ -248,12 +248,6 @@ def _difference(reference: Tensor, other: Tensor) -> float:
     first, second = reference.double(), other.double()
     change = float((first - second).abs().max())
     largest = float(first.abs().max())
-    return (
-        0.0
-        if torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)
-        else 1.0
-        if not math.isfinite(change)
-        else change / largest
-        if largest
-        else 1.0
-    )
+    if torch.allclose(first, second, rtol=0, atol=0, equal_nan=True):
+        return 0.0
+    return change / largest if largest and math.isfinite(change) else 1.0

@@ -2,6 +2,7 @@
 
 import pickle
 import subprocess
+import sysconfig
 import traceback
 import zipfile
 from pathlib import Path
@@ -32,7 +33,8 @@ USER_ERRORS = (
     zipfile.BadZipFile,
     SafetensorError,
 )
-_NOT_THE_USERS = tuple(str(Path(file).parent) for file in (torch.__file__, __file__))
+_INSTALLED = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+_NOT_THE_USERS = (*_INSTALLED, *(str(Path(file).parent) for file in (torch.__file__, __file__)))
 
 
 def described_error(error: BaseException) -> str:

@@ -197,7 +197,7 @@ class Keeper:
 def test_an_attribute_that_cannot_be_copied_is_named(value: object, told: str) -> None:
     model = body()
     model[0].kept = value
-    with pytest.raises(NetworkError, match=f"because of {told}: .*Keep it outside the network, or set it to None"):
+    with pytest.raises(NetworkError, match=f"because of its attribute {told}: .*Keep it outside the network, or set it to None"):
         datafree.quantize(model, TASK, method="rtn")
 
 

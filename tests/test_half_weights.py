@@ -11,6 +11,7 @@ from torch import nn
 import datafree
 from datafree import Target
 from datafree.cli import main
+from datafree.measure.accuracy import compare
 from datafree.networks import load_network
 from tests.field import pixels
 
@@ -66,7 +67,7 @@ def test_the_library_works_on_the_float32_copy(name: str, folder: Path) -> None:
     assert torch.equal(loaded(inputs), result.student(inputs)) and loaded[0].weight.dtype == torch.float32
     assert model[0].weight.dtype == dtype and next(load_network("own.py:single").model.parameters()).dtype == torch.float32
     labelled = [(inputs, torch.zeros(4, dtype=torch.long))]
-    assert datafree.evaluate(model, task, labelled).total == datafree.compare(model, loaded, task, labelled).paired.total == 4
+    assert datafree.evaluate(model, task, labelled).total == compare(model, loaded, task, labelled).paired.total == 4
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -320,7 +320,10 @@ def test_unsound_network_is_refused(make: Callable[[], nn.Module], task: Task, m
 
 
 def test_files_of_one_name_in_two_folders_keep_their_own_neighbours(tmp_path: Path) -> None:
-    text = "from torch import nn\nfrom same_neighbour_in_two_folders import WIDTH\n\nclass Net(nn.Linear):\n    def __init__(self):\n        super().__init__(4, WIDTH)\n"
+    text = (
+        "from torch import nn\nfrom same_neighbour_in_two_folders import WIDTH\n\n"
+        "class Net(nn.Linear):\n    def __init__(self):\n        super().__init__(4, WIDTH)\n"
+    )
     for folder, width in (("one", 2), ("two", 3)):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "net.py").write_text(text)
@@ -337,6 +340,7 @@ def test_files_of_one_name_in_two_folders_keep_their_own_neighbours(tmp_path: Pa
     [
         ("return torch.load('absent.pth')", r"net\(\) fails: FileNotFoundError: .*absent.pth.* \(.*net.py, line 3, in net\)"),
         ("return {}['absent']", r"net\(\) fails: KeyError: 'absent' \(.*net.py, line 3, in net\)"),
+        ("import json; return json.loads('no JSON')", r"net\(\) fails: JSONDecodeError: .* \(.*net.py, line 3, in net\)"),
         ("raise SystemExit(2)", r"net\(\) fails: SystemExit: 2 \(.*line 3"),
         ("return torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),))", "returned a torch.export program: give the Python"),
     ],

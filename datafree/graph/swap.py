@@ -115,12 +115,12 @@ def _moved(tensor: Tensor, device: torch.device | None) -> Tensor:
 
 
 def _uncopyable(model: nn.Module) -> str | None:
-    """Path and type of the attribute that cannot be copied, such as ``trainer.lock (a lock)``."""
+    """Path and type of what cannot be copied, such as ``its attribute trainer.lock (a lock)``."""
     tensors = _moved_tensors(model, None)
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             if name not in _TENSORS_OF_A_MODULE and not _copies(value, tensors):
-                return _deepest(f"{path}.{name}" if path else name, value, tensors)
+                return f"its attribute {_deepest(f'{path}.{name}' if path else name, value, tensors)}"
     return None
 
 

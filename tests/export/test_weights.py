@@ -316,3 +316,32 @@ def test_the_quantized_layers_of_a_loaded_student_are_on_the_grid(student: nn.Mo
     assert {point: q.scale.tolist() for point, q in quantizers(loaded).items()} == {
         p: q.scale.tolist() for p, q in quantizers(student).items()
     }
+
+
+def test_codes_of_a_large_layer_are_made_in_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Rounding takes several floats a value on the way, so it never sees a whole layer: neither when saving nor when loading."""
+    from datafree.quant import grid
+    from datafree.quant import insert as inserting
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 50), nn.ConvTranspose1d(6, 10, 3, groups=2)).eval()
+    plan = Plan({"0": LayerPlan(QSpec(5, axis=0)), "1": LayerPlan(QSpec(4, symmetric=False, axis=1))})
+    student = insert(model, plan)
+    whole = {name: part.codes for name, part in freeze(student).items()}
+    sizes: list[int] = []
+    for name in ("quantize", "dequantize"):
+        monkeypatch.setattr(inserting, name, counted(getattr(inserting, name), sizes))
+    monkeypatch.setattr(grid, "_BLOCK", 100)
+    save_student(student, tmp_path / "s.safetensors")
+    loaded = load_student(tmp_path / "s.safetensors", model)
+    assert all(torch.equal(part.codes, whole[name]) for name, part in freeze(loaded).items())
+    assert torch.equal(loaded[0].weight, student[0].weight) and torch.equal(loaded[1].weight, student[1].weight)
+    assert max(sizes) <= 100 and sum(sizes) == 3 * (2000 + 90)
+
+
+def counted(function: Callable[..., Tensor], sizes: list[int]) -> Callable[..., Tensor]:
+    def call(values: Tensor, *rest: object) -> Tensor:
+        sizes.append(values.numel())
+        return function(values, *rest)
+
+    return call
