@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from datafree import parallel
 from datafree.bits.cost import float_bytes, packed_bytes
+from datafree.checks import check_network, check_student
 from datafree.context import Ctx, Event
-from datafree.errors import MethodError, MissingExtraError, NetworkError, OutputError, TargetError, WeightsError
+from datafree.errors import MethodError, MissingExtraError, NetworkError, OutputError, WeightsError
 from datafree.export.files import write_whole
 from datafree.export.float_weights import weights_hash
 from datafree.export.weights import load_student, save_student
@@ -35,8 +36,7 @@ from datafree.measure.estimate import estimate_drop
 from datafree.measure.fidelity import fidelity
 from datafree.measure.layers import LayerReport, layer_report
 from datafree.method import Method, find_method
-from datafree.networks import check_network
-from datafree.plan import Plan, QSpec, Target
+from datafree.plan import Plan, Target
 from datafree.quant.insert import plan_of, quantized_layers, quantizers
 from datafree.quant.limits import limit_inputs
 from datafree.quant.settle import settle
@@ -263,10 +263,11 @@ def quantize(
     chosen.check()
     if not isinstance(model, nn.Module):
         raise NetworkError(f"the network must be a torch.nn.Module, not a {type(model).__name__}: see datafree.networks.load_network")
-    check_network(model, task)
     notes: list[str] = []
     kept: list[Tensor] = []
     ctx = replace(Ctx.create(seed, device, _noting(notes, on_event)), on_pictures=kept.append)
+    for note in check_network(model, task):
+        ctx.note(note)
     teacher = teacher_of(model, task, ctx.device)
     flow = read(teacher, task, ctx)
     if warning := input_warning(teacher, flow, task):
@@ -344,12 +345,14 @@ def student_of(method: Method, teacher: nn.Module, task: Task, target: Target, c
         if target.protocol == "deploy":
             settle(student, flow)
     parallel.align(student.state_dict().values())
-    _check_contract(teacher, student, task, target)
+    check_student(teacher, student, task, target)
     return student
 
 
 def load(folder: str | Path, model: nn.Module) -> nn.Module:
-    """The student saved in ``folder``, built on ``model``, a float network of the same architecture, which stays unchanged.
+    """The student saved in ``folder``, in eval mode, built on ``model``, a float network of the same architecture.
+
+    ``model`` stays as it is, in whatever mode and precision it is: the student is built on a float32 copy, as :func:`quantize` does.
 
     Raises WeightsError where the folder holds no student or one that does not fit.
     """
@@ -375,28 +378,6 @@ def _check_processes(method: Method, asked: Mapping[str, object]) -> None:
         raise MethodError(f"{method.name} trains nothing that {parallel.count()} processes could share: start it without torchrun")
     if len(set(parallel.gathered(strict_json({**asked, "device": None})))) > 1:
         raise MethodError("the processes were not given the same network, method, target and seed: make them alike")
-
-
-def _check_contract(teacher: nn.Module, student: nn.Module, task: Task, target: Target) -> None:
-    """What every method owes: ranges set, finite answers of the old shape, the asked-for bits and size."""
-    if target.plan is not None and _specs(plan_of(student)) != _specs(target.plan):
-        raise MethodError("this method does not keep to a plan that is given: take another method, or give it widths")
-    unset = [point for point, quantizer in quantizers(student).items() if not quantizer.ready]
-    if unset:
-        raise MethodError(f"the method left the ranges of {', '.join(unset[:5])} unset")
-    inputs = task.noise(2, torch.Generator(next(student.parameters()).device).manual_seed(0))
-    with torch.no_grad():
-        before, after = task.run(teacher, inputs), task.run(student, inputs)
-    if before.shape != after.shape:
-        raise NetworkError(f"the student answers in shape {tuple(after.shape)}, the network in {tuple(before.shape)}")
-    if not torch.isfinite(after).all():
-        raise NetworkError("the student answers noise with NaN or infinity: the network's statistics may be damaged; try method 'rtn'")
-    if target.max_bytes is not None and (size := packed_bytes(student)) > target.max_bytes:
-        raise TargetError(f"the student takes {size} bytes, more than max_bytes = {target.max_bytes}: choose fewer bits")
-
-
-def _specs(plan: Plan) -> dict[str, QSpec]:
-    return {**{name: layer.weight for name, layer in plan.layers.items()}, **plan.activations}
 
 
 def _inputs(task: Task) -> int:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -64,7 +66,7 @@ _CheckFlags = Annotated[CheckFlags, Parameter(name="*")]
 
 def export_command(run: Run, /, *, flags: _ExportFlags = _EXPORT, check: _CheckFlags = _CHECK) -> None:
     """Write the student of a run as a file, run it in its runtime and compare."""
-    student, task, record = open_run(run, check.net)
+    student, task, record = open_run(run, check.net, ("datafree", "export", str(run)))
     suffix = {"onnx": ".onnx", "openvino": ".xml", "safetensors": ".safetensors", "program": ".pt2"}[flags.to]
     file = flags.out or run / f"model{suffix}"
     check_folder(file)  # what is missing is told before the work
@@ -86,7 +88,7 @@ def verify_command(
     check: _CheckFlags = _CHECK,
 ) -> None:
     """Run an exported file in its runtime and compare it with the student of a run."""
-    student, task, _ = open_run(against, check.net)
+    student, task, _ = open_run(against, check.net, ("datafree", "verify", str(file), "--against", str(against)))
     _check(file, against, student, task, check)
 
 
@@ -156,8 +158,13 @@ def bench_speed_command(
     console.print(table)
 
 
-def open_run(folder: Path, net: str | None) -> tuple[nn.Module, Task, dict[str, object]]:
-    """The student of a run, its task and its record. Raises WeightsError where the folder holds no whole run."""
+def open_run(folder: Path, net: str | None, command: Sequence[str]) -> tuple[nn.Module, Task, dict[str, object]]:
+    """The student of a run, its task and its record.
+
+    A folder may come from a stranger: a file of Python code that it names is never run, only one that ``net`` names.
+
+    Raises WeightsError where the folder holds no whole run, or where ``net`` is needed; the message then ends with ``command`` and it.
+    """
     try:
         record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
         given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in record["task"].items()}
@@ -169,6 +176,11 @@ def open_run(folder: Path, net: str | None) -> tuple[nn.Module, Task, dict[str, 
     source = net or str(record.get("net", ""))
     if not source:
         raise WeightsError(f"{folder / RUN_FILE} does not name its network: give it with --net")
+    if net is None and ".py" in source:
+        raise WeightsError(
+            f"{folder / RUN_FILE} names its network as {source}, a file of code, which is run only where you name it yourself: "
+            f"{shlex.join((*command, '--net', source))}"
+        )
     return load(folder, load_network(source, pretrained=False).model), task, record
 
 

@@ -12,6 +12,7 @@ from datafree.api import student_of
 from datafree.bits.cost import packed_bytes_table
 from datafree.bits.pareto import Point, frontier
 from datafree.bits.sensitivity import distortions
+from datafree.checks import check_network
 from datafree.closed.gram import grams, output_energy
 from datafree.closed.regress import answers, distance
 from datafree.context import Ctx, Made
@@ -22,7 +23,6 @@ from datafree.graph.fold import foldable
 from datafree.graph.swap import frozen_copy
 from datafree.graph.taps import anchored
 from datafree.method import Method, find_method
-from datafree.networks import check_network
 from datafree.plan import Plan, QSpec, Target
 from datafree.quant.insert import plan_of
 from datafree.synth.noise import Pictures, source_of
@@ -127,7 +127,8 @@ def search(
     chosen.check()
     if len(set(widths)) < 2 or target.plan is not None:
         raise TargetError(f"a search takes two widths at least and a target without a plan, not {widths} and {target.plan}")
-    check_network(model, task)
+    for note in check_network(model, task):
+        ctx.note(note)
     teacher = frozen_copy(model, ctx.device)
     flow = read(teacher, task, replace(ctx, on_event=lambda event: None))
     uniform = [replace(target, weight_bits=bits, max_bytes=None) for bits in sorted(set(widths))]

@@ -210,7 +210,7 @@ def test_evaluate_is_what_quantize_recorded(capsys: Output) -> None:
     run = as_json(capsys, "quantize", "digits", "--data", "digits", "--out", "run")
     report = as_json(capsys, "evaluate", "digits", "--student", "run")
     assert isinstance(run["accuracy"], dict)
-    assert {"network": "digits", **run["accuracy"]} == report
+    assert {"network": "digits", **run["accuracy"], "notes": []} == report
     assert "only quantized" in told(capsys, "evaluate", "digits", "--student", "run")
 
 

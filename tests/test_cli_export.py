@@ -127,3 +127,22 @@ def test_a_damaged_record_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "run.json").write_text("{}")
     assert cli.main(["export", str(tmp_path)]) == 2
     assert "damaged" in capsys.readouterr().err
+
+
+def test_code_that_only_the_folder_names_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run may come from a stranger, whose run.json names a file of code."""
+    net, folder = tmp_path / "own.py", tmp_path / "run"
+    net.write_text(
+        "from pathlib import Path\nfrom torch import nn\nfrom datafree import Task\n"
+        "def net():\n    Path(__file__).with_name('ran').touch()\n    return nn.Sequential(nn.Linear(4, 3)), Task(shape=(4,))\n"
+    )
+    source = f"{net}:net"
+    assert cli.main(["quantize", source, "--method", "rtn", "--weight-bits", "8", "--out", str(folder)]) == 0
+    (tmp_path / "ran").unlink()
+    capsys.readouterr()
+    file = str(tmp_path / "model.onnx")
+    for command in (["export", str(folder)], ["verify", file, "--against", str(folder)]):
+        assert cli.main(command) == 2
+        assert " ".join(("datafree", *command, "--net", source)) in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+    assert cli.main(["export", str(folder), "--to", "safetensors", "--net", source]) == 0 and (tmp_path / "ran").exists()

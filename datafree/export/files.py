@@ -16,22 +16,31 @@ def check_folder(file: Path) -> None:
         raise OutputError(f"there is no folder {file.parent}: make it first")
 
 
-def write_whole(path: str | Path, data: bytes) -> Path:
-    """Write ``data`` under another name in the same folder first, so that no half-written file ever stands at ``path``.
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """The path of a new file in the same folder, which takes the place of ``path`` where the ``with`` ends without an error.
 
-    Raises OutputError where the folder is missing or the file cannot be written.
+    So no half-written file ever stands at ``path``. Raises OutputError where the folder is missing or the file cannot be written.
     """
     file = Path(path)
     check_folder(file)
     part = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
     try:
-        part.write_bytes(data)
+        yield part
         os.replace(part, file)
+    except OutputError:
+        raise
     except OSError as error:
         raise OutputError(f"{file} cannot be written: {error.strerror or error}") from error
     finally:
         part.unlink(missing_ok=True)
-    return file
+
+
+def write_whole(path: str | Path, data: bytes) -> Path:
+    """Write ``data`` to ``path``, whole or not at all. Raises OutputError, see :func:`whole_file`."""
+    with whole_file(path) as part:
+        part.write_bytes(data)
+    return Path(path)
 
 
 @contextmanager

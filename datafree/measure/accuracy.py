@@ -90,6 +90,7 @@ def _right(
     models: tuple[nn.Module, ...], names: tuple[str, ...], task: Task, data: Data, on_event: Callable[[Event], None] | None
 ) -> list[Tensor]:
     """For each network, whether it was right on each input: bool (n,)."""
+    models = tuple(frozen_copy(model) for model in models)  # in float32, as inputs are
     batches = batches_of(data, task)
     total = len(batches) if isinstance(batches, Labelled) else 0
     right: list[list[Tensor]] = [[] for _ in models]
