@@ -18,7 +18,7 @@ from rich.console import Group as Stack
 from rich.padding import Padding
 
 from datafree import parallel, show
-from datafree.api import Result, check_free, load, quantize, strict_json, with_estimate, with_layers
+from datafree.api import load, quantize, with_estimate, with_layers
 from datafree.checks import check_network
 from datafree.cli_export import bench_speed_command, export_command, verify_command
 from datafree.cli_flags import (
@@ -41,7 +41,9 @@ from datafree.context import Ctx
 from datafree.errors import DataError, DatafreeError, VerifyError
 from datafree.export.files import write_whole
 from datafree.graph.flow import read
+from datafree.graph.plain import teacher_of
 from datafree.graph.swap import frozen_copy
+from datafree.input_check import input_warning
 from datafree.measure.accuracy import Comparison, compare, evaluate
 from datafree.measure.data import Data, find_data, open_data
 from datafree.method import Method, find_method, methods, option
@@ -49,6 +51,7 @@ from datafree.networks import EMBEDDED, Network
 from datafree.plan import Plan, Protocol, Target
 from datafree.report.evidence import recorder
 from datafree.report.runs import RUN_FILE
+from datafree.result import Result, check_free, strict_json
 from datafree.task import Task
 
 DEMO_RUNS = (("anchor", (2, 6)), ("dfmpc", (2, 6)), ("anchor", (4,)), ("dfmpc", (4,)), ("rtn", (4,)))
@@ -214,8 +217,11 @@ def _inspect(net: Net, /, *, network: NetworkGroup = NETWORK, json: Json = False
     found = open_network(net, network)
     notes = (*found.notes, *check_network(found.model, found.task))
     ctx = Ctx.create(device=network.device)
-    teacher = frozen_copy(found.model, ctx.device)
-    report = show.network_report(found.name, read(teacher, found.task, ctx), teacher)
+    teacher = teacher_of(found.model, found.task, ctx.device)
+    flow = read(teacher, found.task, ctx)
+    warning = input_warning(teacher, flow, found.task)
+    notes = (*notes, *([warning] if warning else []))
+    report = show.network_report(found.name, flow, teacher)
     if json:
         show.show_json(_stdout(), {**asdict(report), "notes": notes})
     else:

@@ -1,12 +1,11 @@
 """The commands around exported files: ``export``, ``verify``, ``bench-speed``."""
 
-import json
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from cyclopts import Parameter
@@ -15,7 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from datafree import show
-from datafree.api import Form, export, load, made_by, strict_json, verify
+from datafree.api import load
 from datafree.bits.cost import packed_bytes
 from datafree.errors import ExportError, VerifyError, WeightsError
 from datafree.export.files import check_folder, write_whole
@@ -23,7 +22,8 @@ from datafree.export.openvino_runtime import imported
 from datafree.measure.verification import fallen
 from datafree.method import option
 from datafree.networks import load_network
-from datafree.report.runs import RUN_FILE, VERIFICATION_FILE, verifications
+from datafree.report.runs import RUN_FILE, VERIFICATION_FILE, read_record, task_of, verifications
+from datafree.result import Form, export, made_by, strict_json, verify
 from datafree.task import Task
 
 if TYPE_CHECKING:
@@ -158,21 +158,15 @@ def bench_speed_command(
     console.print(table)
 
 
-def open_run(folder: Path, net: str | None, command: Sequence[str]) -> tuple[nn.Module, Task, dict[str, object]]:
+def open_run(folder: Path, net: str | None, command: Sequence[str]) -> tuple[nn.Module, Task, Mapping[str, object]]:
     """The student of a run, its task and its record.
 
     A folder may come from a stranger: a file of Python code that it names is never run, only one that ``net`` names.
 
     Raises WeightsError where the folder holds no whole run, or where ``net`` is needed; the message then ends with ``command`` and it.
     """
-    try:
-        record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-        given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in record["task"].items()}
-        task = Task(**given)
-    except FileNotFoundError as error:
-        raise WeightsError(f"{folder} holds no {RUN_FILE}: expected a folder that 'datafree quantize' wrote") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{folder / RUN_FILE} is damaged or of another version: {error!r}; quantize again") from error
+    record = read_record(folder)
+    task = task_of(record)
     source = net or str(record.get("net", ""))
     if not source:
         raise WeightsError(f"{folder / RUN_FILE} does not name its network: give it with --net")

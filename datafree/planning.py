@@ -20,7 +20,7 @@ from datafree.errors import MethodError, TargetError
 from datafree.graph import swap
 from datafree.graph.flow import Flow, Layer, read
 from datafree.graph.fold import foldable
-from datafree.graph.swap import frozen_copy
+from datafree.graph.plain import teacher_of
 from datafree.graph.taps import anchored
 from datafree.method import Method, find_method
 from datafree.plan import Plan, QSpec, Target
@@ -129,7 +129,7 @@ def search(
         raise TargetError(f"a search takes two widths at least and a target without a plan, not {widths} and {target.plan}")
     for note in check_network(model, task):
         ctx.note(note)
-    teacher = frozen_copy(model, ctx.device)
+    teacher = teacher_of(model, task, ctx.device)
     flow = read(teacher, task, replace(ctx, on_event=lambda event: None))
     uniform = [replace(target, weight_bits=bits, max_bytes=None) for bits in sorted(set(widths))]
     students = _students(chosen, teacher, task, uniform, ctx)
@@ -185,7 +185,7 @@ def _divergences(base: Frontier, teacher: nn.Module, task: Task, inputs: Tensor,
 
 def _distortions(flow: Flow, teacher: nn.Module, plans: Mapping[int, Plan], inputs: Tensor, cost: Costs, ctx: Ctx) -> Table:
     """The noise-to-signal ratio of each layer at each width."""
-    with anchored(teacher):
+    with anchored(teacher, flow.shared_norms):
         statistics = grams(teacher, flow, cost, inputs, ctx.generator)
 
     def energy(name: str, weight: Tensor) -> Tensor:

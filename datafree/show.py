@@ -12,7 +12,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from torch import nn
 
-from datafree.api import Result, strict_json
 from datafree.bits.cost import float_bytes
 from datafree.context import Event
 from datafree.graph.chains import pairs, roles
@@ -20,6 +19,7 @@ from datafree.graph.flow import Flow
 from datafree.measure.accuracy import Accuracy, Comparison
 from datafree.method import Method, choices
 from datafree.report.content import estimate_text, fidelity_text
+from datafree.result import Result, strict_json
 
 NOTE_LENGTH = 300  # a note may name every layer of the network: run.json holds it in full
 _COLUMN = 30  # characters that a run needs beside others

@@ -33,8 +33,10 @@ USER_ERRORS = (
     zipfile.BadZipFile,
     SafetensorError,
 )
-_INSTALLED = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
-_NOT_THE_USERS = (*_INSTALLED, *(str(Path(file).parent) for file in (torch.__file__, __file__)))
+_NOT_THE_USERS = tuple(
+    [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    + [str(Path(file).parent) for file in (torch.__file__, __file__)]
+)
 
 
 def described_error(error: BaseException) -> str:

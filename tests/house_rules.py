@@ -20,13 +20,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{name: {*BASE, "graph", "quant", *BESIDE[: i + 1]} for i, name in enumerate(BESIDE)},
     **dict.fromkeys(("networks", "zoo"), {*BASE, "graph", "quant", *BESIDE, "networks", "zoo"}),
     "checks": {*BASE, "graph", "quant", "bits"},
-    "api": {*BASE, *CHAIN, *BESIDE, "networks", "checks", "zoo", "__init__"},  # the package itself, for its version
-    "show": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "api", "__init__"},
+    "input_check": {*BASE, *CHAIN},
+    "result": {*BASE, "graph", "quant", *BESIDE},
+    "api": {*BASE, *CHAIN, *BESIDE, "networks", "checks", "input_check", "result", "zoo", "__init__"},  # for its version
+    "show": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "result", "__init__"},
     "planning": {*BASE, *CHAIN, *BESIDE, "networks", "checks", "api"},
     "cli_flags": {*BASE, "networks"},
-    "cli_export": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "api", "show", "__init__"},
-    "cli_search": {*BASE, *CHAIN, *BESIDE, "networks", "api", "show", "planning", "cli_flags"},
-    "cli_report": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "api", "show", "cli_export", "__init__"},
+    "cli_export": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "api", "result", "show", "__init__"},
+    "cli_search": {*BASE, *CHAIN, *BESIDE, "networks", "result", "show", "planning", "cli_flags"},
+    "cli_report": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "result", "show", "cli_export", "__init__"},
     "cli": {
         *BASE,
         *CHAIN,
@@ -35,6 +37,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "checks",
         "zoo",
         "api",
+        "input_check",
+        "result",
         "show",
         "cli_flags",
         "cli_export",
@@ -43,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "__init__",
     },
     "__main__": {"cli"},
-    "__init__": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "api", "planning"},
+    "__init__": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "api", "result", "planning"},
 }
 
 EXCEPTIONS = (("datafree/bits/cost.py", "export"),)  # it counts the bytes that packing takes

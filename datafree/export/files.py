@@ -26,7 +26,10 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     check_folder(file)
     part = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
     try:
+        part.touch()
+        mode = part.stat().st_mode  # as the user's umask wants it: some writers leave a file that only its owner may read
         yield part
+        part.chmod(mode)
         os.replace(part, file)
     except OutputError:
         raise

@@ -19,6 +19,7 @@ from datafree.export.integers import Array
 from datafree.export.names import codes_name
 from datafree.export.onnx import Prepared, export_float_onnx, prepare
 from datafree.export.runtime import Kernel, Loaded, RuntimeName, open_file, runtime_of
+from datafree.measure.fidelity import batch_axis, class_axis
 from datafree.measure.speed import Latency, interleaved
 from datafree.measure.verification import DefaultPrecision, OutputDifference, Verification
 from datafree.outputs import left_out, named_outputs
@@ -85,7 +86,7 @@ def verify(
         outputs=outputs,
         missing=missing,
         left_out=left,
-        same_top1=_same_top1(task, own, answers, missing),
+        same_top1=_same_top1(task, batch_axis(student, task), own, answers, missing),
         points=len(steps),
         code_difference=max(worst.values(), default=0),
         first_difference=next((point for point, step in worst.items() if step > 1), None),
@@ -182,22 +183,15 @@ def _far(one: Tensor, other: Array) -> Tensor:
     return torch.where(same, torch.zeros(()).double(), (first - second).abs())
 
 
-def _same_top1(task: Task, own: Mapping[str, Tensor], answers: Mapping[str, Array], missing: Mapping[str, str]) -> float | None:
-    """Of the task's answer, which is the first output."""
+def _same_top1(
+    task: Task, batch: int | None, own: Mapping[str, Tensor], answers: Mapping[str, Array], missing: Mapping[str, str]
+) -> float | None:
+    """Of the task's answer, which is the first output; ``batch`` is its axis of the inputs."""
     name, answer = next(iter(own.items()))
-    axis = _class_axis(task, tuple(answer.shape))
+    axis = class_axis(task, answer.shape, batch)
     if axis is None or name in missing:
         return None
     return 100 * float((answer.argmax(axis) == torch.from_numpy(answers[name]).argmax(axis)).double().mean())
-
-
-def _class_axis(task: Task, shape: tuple[int, ...]) -> int | None:
-    """The axis of classes in an answer: the only one, behind the first, of as many as the task has; else the second of (n, classes)."""
-    classes = len(task.classes) if isinstance(task.classes, tuple) else task.classes
-    if classes is None:
-        return 1 if len(shape) == 2 and shape[1] > 1 else None
-    axes = [axis for axis, size in enumerate(shape) if axis and size == classes > 1]
-    return axes[0] if len(axes) == 1 else None
 
 
 def _fell_back(prepared: Prepared, kernels: Mapping[str, Kernel], header: Mapping[str, object], runtime: str) -> dict[str, str]:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from datafree.errors import WeightsError
+from datafree.errors import NetworkError, WeightsError
+from datafree.task import Task
 
 STUDENT_FILE, PLAN_FILE, RUN_FILE = "student.safetensors", "plan.json", "run.json"
 LAYERS_FILE, PICTURES_FILE = "layers.json", "pictures.safetensors"
@@ -72,6 +73,25 @@ def verifications(folder: Path) -> dict[str, Table]:
     if not all(isinstance(each, Mapping) and {"kernels", "latency"} <= each.keys() for each in found.values()):
         raise WeightsError(f"{file} is damaged or of another version: remove it, then verify the files again")
     return {name: table(each) for name, each in found.items()}
+
+
+def read_record(folder: Path) -> Table:
+    """run.json of a run. Raises WeightsError where it is missing or damaged."""
+    record = _table(folder / RUN_FILE)
+    if record is None:
+        raise WeightsError(f"{folder} holds no {RUN_FILE}: expected a folder that 'datafree quantize' wrote")
+    return record
+
+
+def task_of(record: Table) -> Task:
+    """The task of a run. Raises WeightsError where its record does not hold one."""
+    try:
+        given = {key: tuple(value) if isinstance(value, list) else value for key, value in table(record["task"]).items()}
+        return Task(**given)  # type: ignore[arg-type]
+    except (KeyError, TypeError, NetworkError) as error:
+        raise WeightsError(
+            f"{RUN_FILE} has no task that this version reads ({error!r}): it is damaged or of another version; quantize again"
+        ) from error
 
 
 def table(value: object) -> Table:

@@ -113,6 +113,11 @@ def test_only_whole_files_appear(student: nn.Module, saved: Path, monkeypatch: p
         save_student(student, saved.parent / "missing" / "s.safetensors")
 
 
+def test_a_file_may_be_read_by_whom_the_umask_lets(saved: Path) -> None:
+    (saved.parent / "plain").touch()
+    assert saved.stat().st_mode == (saved.parent / "plain").stat().st_mode
+
+
 def test_unset_ranges_are_not_saved(tmp_path: Path) -> None:
     with pytest.raises(NetworkError, match="without a range: 0:input, 2:output, 3:input, 8:input: observe"):
         save_student(insert(network(), PLAN), tmp_path / "s.safetensors")

@@ -21,6 +21,7 @@ from datafree.errors import WeightsError
 from datafree.report.content import content, verdict, verdict_rows
 from datafree.report.page import comparison_page, contact_sheet, page
 from datafree.report.runs import Run, open_folder
+from datafree.result import strict_json
 from datafree.zoo.digits import digits
 
 SCHEMA = json.loads(files("datafree.report").joinpath("report.schema.json").read_text())
@@ -83,7 +84,7 @@ def bare(run: Path, tmp_path: Path) -> Path:
 def test_the_twin_follows_the_schema(run: Path, bare: Path) -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     for folder in (run, bare):
-        told = json.loads(api.strict_json(content(open_folder(folder))))
+        told = json.loads(strict_json(content(open_folder(folder))))
         jsonschema.validate(told, SCHEMA, cls=jsonschema.Draft202012Validator)
         told["verdict"]["surprise"] = 1
         with pytest.raises(jsonschema.ValidationError, match="surprise"):
