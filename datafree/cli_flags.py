@@ -74,7 +74,9 @@ def open_network(net: str, flags: NetworkFlags) -> Network:
     """The network that ``net`` names, with the task that the flags make of its own."""
     Ctx.create(device=flags.device)  # refuses one that is not there
     found = load_network(net, flags.weights, weights_key=flags.weights_key)
-    return replace(found, task=task_with(found.task, flags.input_shape, flags.mean, flags.std, flags.classes, flags.resize))
+    given = {"shape": flags.input_shape, "mean": flags.mean, "std": flags.std}
+    task = task_with(found.task, flags.input_shape, flags.mean, flags.std, flags.classes, flags.resize)
+    return replace(found, task=task, assumed=tuple(name for name in found.assumed if given[name] is None))
 
 
 def for_method(command: Callable[..., None], chosen: type[Method], about: str, flags: type) -> Callable[..., None]:

@@ -37,6 +37,7 @@ class Network:
         name: a short name.
         weights: what was taken out of a file of weights, if one was given.
         wrappers: what was taken off around the network, in words.
+        assumed: which fields of the task nobody has given, so that its defaults were taken.
     """
 
     model: nn.Module
@@ -44,12 +45,15 @@ class Network:
     name: str
     weights: LoadedWeights | None = None
     wrappers: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know of how the network was loaded."""
         loaded = () if self.weights is None or not self.weights.note else (self.weights.note,)
-        return (*(f"{each} is taken off" for each in self.wrappers), *loaded)
+        given = ", ".join(f"{name} {getattr(self.task, name)}" for name in self.assumed)
+        guessed = f"the function returned no Task: {given} were assumed. Return (module, Task), or give --input-shape, --mean and --std"
+        return (*(f"{each} is taken off" for each in self.wrappers), *loaded, *([guessed] if self.assumed else []))
 
 
 def load_network(net: str, weights: Path | None = None, pretrained: bool = True, weights_key: str | None = None) -> Network:
@@ -68,6 +72,7 @@ def load_network(net: str, weights: Path | None = None, pretrained: bool = True,
         WeightsError: ``weights`` cannot be read or does not fit.
     """
     kind, _, name = net.rpartition(":") if ".py:" in net else net.partition(":")
+    assumed: tuple[str, ...] = ()
     download = pretrained and weights is None
     if net == "digits":
         from datafree.zoo.digits import digits
@@ -84,7 +89,7 @@ def load_network(net: str, weights: Path | None = None, pretrained: bool = True,
     elif kind == "torchvision" and name:
         model, task = _from_torchvision(name, download)
     elif kind.endswith(".py") and name:
-        model, task = _from_file(Path(kind).expanduser(), name)
+        model, task, assumed = _from_file(Path(kind).expanduser(), name)
     elif net.endswith(".py"):
         raise NetworkError(f"{net} names a file but no function in it: write {net}:function")
     else:
@@ -93,7 +98,7 @@ def load_network(net: str, weights: Path | None = None, pretrained: bool = True,
         raise WeightsError(f"the key {weights_key!r} names a part of a file of weights, but no file is given: add --weights FILE")
     taken_off, model = wrappers(model), unwrapped(model)
     loaded = None if weights is None else load_weights(model, weights, weights_key)
-    return Network(model.eval(), task, name, loaded, tuple(taken_off))
+    return Network(model.eval(), task, name, loaded, tuple(taken_off), assumed)
 
 
 def task_with(
@@ -171,7 +176,8 @@ def _failing_as(net: str, download: bool) -> Iterator[None]:
         raise NetworkError(f"no weights of {net} could be downloaded: {error}; get them elsewhere and give --weights FILE") from error
 
 
-def _from_file(path: Path, name: str) -> tuple[nn.Module, Task]:
+def _from_file(path: Path, name: str) -> tuple[nn.Module, Task, tuple[str, ...]]:
+    """The network, its task, and the fields of the task that are assumed."""
     if not path.is_file():
         raise NetworkError(f"no file {path}: expected a Python file with a function {name}")
     with _importable(path.resolve().parent):
@@ -184,10 +190,11 @@ def _from_file(path: Path, name: str) -> tuple[nn.Module, Task]:
             raise NetworkError(f"{path}: {name}() fails: {described_error(error)}") from error
     if isinstance(made, torch.export.ExportedProgram):
         raise NetworkError(f"{path}: {name}() returned a torch.export program: give the Python network (torch.nn.Module) it was made from")
+    assumed = () if isinstance(made, tuple) and len(made) == 2 else ("shape", "mean", "std")
     model, task = made if isinstance(made, tuple) and len(made) == 2 else (made, Task())
     if not isinstance(model, nn.Module) or not isinstance(task, Task):
         raise NetworkError(f"{path}: {name}() returned {_described(made)}: expected a torch.nn.Module, or (module, datafree.Task)")
-    return model, task
+    return model, task, assumed
 
 
 @contextmanager

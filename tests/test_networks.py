@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from datafree.checks import check_network
+from datafree.cli_flags import NetworkFlags, open_network
 from datafree.errors import MissingExtraError, NetworkError, WeightsError
 from datafree.networks import Network, load_network, task_with
 from datafree.task import Task
@@ -352,7 +353,20 @@ def test_a_function_that_fails_is_reported_with_its_line(body: str, message: str
 
 
 def test_wrappers_are_taken_off_and_noted(tmp_path: Path) -> None:
-    (tmp_path / "net.py").write_text("from torch import nn\ndef net():\n    return nn.DataParallel(nn.Linear(4, 2))\n")
+    code = ("from torch import nn", "from datafree import Task", "def net(): return nn.DataParallel(nn.Linear(4, 2)), Task(shape=(4,))")
+    (tmp_path / "net.py").write_text("\n".join(code))
     weights = saved(nn.Linear(4, 2), tmp_path)
     found = load_network(f"{tmp_path}/net.py:net", weights)
     assert isinstance(found.model, nn.Linear) and found.notes == ("DataParallel around the network is taken off",)
+
+
+def test_a_missing_task_is_told_with_what_was_assumed(tmp_path: Path) -> None:
+    (tmp_path / "bare.py").write_text(
+        "from torch import nn\ndef net(): return nn.Conv2d(3, 4, 3)\ndef both():\n    from datafree import Task\n    return net(), Task()\n"
+    )
+    (note,) = load_network(f"{tmp_path / 'bare.py'}:net").notes
+    assert "returned no Task: shape (3, 224, 224), mean (0.0,), std (1.0,) were assumed" in note and "--mean" in note
+    assert load_network(f"{tmp_path / 'bare.py'}:both").notes == ()
+    flags = NetworkFlags(input_shape=(3, 32, 32), mean=(0.5,))
+    (note,) = open_network(f"{tmp_path / 'bare.py'}:net", flags).notes
+    assert "returned no Task: std (1.0,) were assumed" in note
