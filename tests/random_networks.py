@@ -1,7 +1,7 @@
 """Small networks drawn at random from the kinds of layers, norms, activations, joins and inputs that networks from the field have.
 
 :func:`draw_network` gives the same network for the same seed. Its weights are scaled as training leaves them: every layer puts out
-values of about unit variance on realistic pixels, whatever the range of the input.
+values of about unit size on realistic pixels, whatever the range of the input.
 """
 
 import functools
@@ -16,40 +16,13 @@ from torch import Tensor, nn
 import random_parts as parts
 from datafree.task import Task
 from field import trained
+from random_choices import Draw
 from random_parts import CONVS, LAYERS, TRANSPOSED, Step, Steps
-from random_weights import fit_weights, wrap_weights
+from random_weights import fit_weights, rounded_sqnr, wrap_weights
 
 CLASSES = 5
+SOUND = 32.0  # dB that are left where every layer's input is rounded to 8 bits
 Shape = tuple[int, ...]  # (channels, *sizes)
-
-# Every group of choices, each with how often it is taken.
-SHAPES = {"square": 4, "wide": 2, "grey": 1, "sequence": 2, "features": 1, "volume": 1}
-INPUTS = {"usual": 2, "half": 1, "unit": 2, "bytes": 2}
-PREPARED = {"as it is": 3, "normalised": 1, "normalised in place": 1, "activated in place": 1}
-BLOCKS = {
-    "layer": 12, "residual": 4, "concat": 2, "gate": 2, "pool": 3, "up": 4, "twice": 2, "keyword": 2, "bare": 1, "weight norm": 1,
-    "old weight norm": 1, "attention": 2, "multihead": 2, "lstm": 1, "gru": 1,
-}  # fmt: skip
-CONV_KINDS = {
-    "plain": 4, "strided": 4, "pointwise": 2, "grouped": 2, "depthwise": 2, "dilated": 1, "transposed": 3, "same": 1, "reflect": 1,
-    "replicate": 1, "same in forward": 2, "left in forward": 1, "channels last": 1,
-}  # fmt: skip
-NORM_PLACES = {"behind": 4, "none": 2, "before": 1, "behind activation": 1}
-NORM_KINDS = {"batch": 6, "group": 1, "layer": 1, "instance": 1}
-AFFINE = {"affine": 4, "not affine": 1}
-ACTIVATIONS = {
-    "relu": 4, "relu6": 1, "leaky relu": 1, "prelu": 1, "silu": 1, "gelu": 1, "hardswish": 1, "tanh": 1, "sigmoid gate": 1, "identity": 1,
-}  # fmt: skip
-FORMS = {"module": 2, "shared module": 1, "function": 1, "in place": 2}
-POOLS = {"max": 1, "overlapping max": 1, "average": 1, "adaptive": 1, "function": 1}
-UPS = {"nearest": 1, "linear": 1, "module": 1, "pixel shuffle": 3}
-ENDS = {"mean": 2, "pool and flatten": 2, "flatten": 1, "map": 1}
-ANSWERS = {"tensor": 4, "tuple": 1, "dict": 1, "dataclass": 1}
-GROUPS = {
-    "shape": SHAPES, "input": INPUTS, "prepared": PREPARED, "block": BLOCKS, "conv": CONV_KINDS, "norm": NORM_PLACES,
-    "norm kind": NORM_KINDS,
-    "affine": AFFINE, "activation": ACTIVATIONS, "form": FORMS, "pool": POOLS, "up": UPS, "end": ENDS, "answer": ANSWERS,
-}  # fmt: skip
 
 MODULES = {
     "relu": nn.ReLU, "relu6": nn.ReLU6, "leaky relu": functools.partial(nn.LeakyReLU, 0.1), "silu": nn.SiLU, "gelu": nn.GELU,
@@ -101,28 +74,17 @@ class Drawn:
     kinds: frozenset[str]
 
 
-class Draw:
-    """Choices from one seed; ``kinds`` keeps what was chosen."""
-
-    def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
-        self.kinds: set[str] = set()
-        self.activations: dict[str, nn.Module] = {}
-
-    def one(self, group: str, *but: str) -> str:
-        """One of the choices of a group, apart from some."""
-        choices = {choice: share for choice, share in GROUPS[group].items() if choice not in but}
-        chosen = self.random.choices(list(choices), list(choices.values()))[0]
-        self.kinds.add(f"{group} {chosen}")
-        return chosen
-
-    def chance(self, share: float) -> bool:
-        """True so often."""
-        return self.random.random() < share
-
-
 def draw_network(seed: int) -> Drawn:
-    """The network of a seed, always the same."""
+    """The network of a seed, always the same: the first of those drawn from it that 8 bits do not hurt whatever the ranges."""
+    stream = random.Random(seed)
+    while True:
+        found = draw_once(stream.randrange(2**32))
+        if rounded_sqnr(found.model, found.task) >= SOUND:
+            return found
+
+
+def draw_once(seed: int) -> Drawn:
+    """A network of any kind; some hardly depend on their input, such as those that pool what an instance norm has centred."""
     draw = Draw(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -322,13 +284,14 @@ def make_layer(draw: Draw, shape: Shape, kind: str, outputs: int, bias: bool) ->
 def norm(draw: Draw, shape: Shape) -> nn.Module:
     """A norm for values of ``shape``."""
     channels, dims = shape[0], len(shape) - 1
-    few = dims == 0 or torch.Size(shape[1:]).numel() < 4
-    unfit = (["instance"] if few else []) + (["group"] if channels % 2 else []) + (["layer"] if channels < 4 else [])
+    positions = torch.Size(shape[1:]).numel() if dims else 1
+    few = {"instance": positions < 16, "group": channels % 2 or channels * positions < 16, "layer": channels < 8}  # values to norm by
+    unfit = [kind for kind, found in few.items() if found]
     kind, affine = draw.one("norm kind", *unfit), draw.one("affine") == "affine"
     if kind == "batch":
         return (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims](channels, affine=affine)
     if kind == "group":
-        return nn.GroupNorm(2 if channels > 2 else 1, channels, affine=affine)
+        return nn.GroupNorm(2, channels, affine=affine)
     if kind == "layer":
         inner = nn.LayerNorm(channels, elementwise_affine=affine)
         return parts.ChannelsLast(inner) if dims else inner

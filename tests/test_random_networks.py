@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import datafree
 from datafree import Result, Target, Task
 from field import CLOSE, pixels, realistic_sqnr, reference_sqnr, sqnr
-from random_networks import GROUPS, draw_network
+from random_choices import GROUPS
+from random_networks import draw_network
 
 FEW, ALL = 40, 320
 FILES = 8  # every eighth network is exported, which takes seconds
