@@ -11,7 +11,7 @@ demo: .venv/.demo
 test: lint
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2
 
-# All random networks, not only the first few: an hour on one core.
+# All random networks, not only the first few: some ten minutes on one core.
 test-nightly: .venv/.dev
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 -m "nightly or not nightly" tests/test_random_networks.py
 

@@ -4,6 +4,7 @@ The first seeds run with all other tests, all of them with ``make test-nightly``
 ``pytest -m "" -k "[17]" tests/test_random_networks.py`` runs the tests of seed 17 alone.
 """
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,11 @@ import datafree
 from datafree import Result, Target, Task
 from field import CLOSE, pixels, realistic_sqnr, reference_sqnr, sqnr
 from random_choices import GROUPS
-from random_networks import draw_network
+from random_networks import Drawn, draw_network
 
 FEW, ALL = 40, 320
 FILES = 8  # every eighth network is exported, which takes seconds
 GOOD = 25.0  # dB that a student is held to, whatever the reference says
-W8A8 = Target(weight_bits=8, act_bits=8)
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -28,22 +28,34 @@ def seeds(step: int = 1) -> list[object]:
     return [seed if seed < FEW else pytest.param(seed, marks=pytest.mark.nightly) for seed in range(0, ALL, step)]
 
 
-def drawn(seed: int) -> tuple[nn.Module, Task]:
+def shown(seed: int) -> tuple[nn.Module, Task]:
     """The network of the seed and its task, which pytest shows where the test fails."""
-    found = draw_network(seed)
+    found = drawn(seed)
     print(f"seed {seed}: {', '.join(sorted(found.kinds))}\n{found.task}\n{found.model}")
     return found.model, found.task
+
+
+@functools.lru_cache(2 * FEW)
+def drawn(seed: int) -> Drawn:
+    """The network of the seed, for all tests of it."""
+    return draw_network(seed)
+
+
+@functools.lru_cache(2 * FEW)
+def quantized(seed: int, method: str) -> Result:
+    """Its student, for all tests of it."""
+    return datafree.quantize(drawn(seed).model, drawn(seed).task, method=method, target=Target(weight_bits=8, act_bits=8))
 
 
 @pytest.mark.parametrize("method", ["rtn", "anchor"])
 @pytest.mark.parametrize("seed", seeds())
 def test_the_student_answers_realistic_pixels_like_the_network(seed: int, method: str) -> None:
-    model, task = drawn(seed)
-    student = datafree.quantize(model, task, method=method, target=W8A8).student
+    model, task = shown(seed)
+    student = quantized(seed, method).student
     found = realistic_sqnr(model, student, task)
     if found >= GOOD:
         return
-    reference = reference_sqnr(model, task)
+    reference = reference_sqnr(model, task, n=128)  # means over all positions differ much from picture to picture
     print(f"{method} {found:.1f} dB, ranges seen on realistic pixels {reference:.1f} dB; layer by layer:\n{layers(model, student, task)}")
     assert found >= min(GOOD, reference - CLOSE)
 
@@ -51,33 +63,33 @@ def test_the_student_answers_realistic_pixels_like_the_network(seed: int, method
 @pytest.mark.parametrize("seed", seeds(FILES))
 def test_the_file_computes_what_the_student_does(seed: int, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    model, task = drawn(seed)
-    result = datafree.quantize(model, task, method="anchor", target=W8A8)
+    _, task = shown(seed)
+    result = quantized(seed, "anchor")
     found = datafree.verify(result.export(tmp_path / "model.onnx"), result.student, task, threads=1)
     print(f"kernels {found.kernels}\nfell back {found.fell_back}")
     assert not found.differences
-    integer = {name for name, kernel in found.kernels.items() if kernel.integer}
-    assert set(result.plan.layers) - integer == set(found.fell_back)
+    answering = {name for name in result.plan.layers if not name.startswith("extra.")}  # the file may leave out the other answer
+    assert answering - {name for name, kernel in found.kernels.items() if kernel.integer} == answering & set(found.fell_back)
 
 
 @pytest.mark.parametrize("seed", seeds())
 def test_every_parameter_is_quantized_or_named(seed: int) -> None:
-    model, task = drawn(seed)
-    result = datafree.quantize(model, task, method="rtn", target=W8A8)
-    coverage = result.run["coverage"]
+    model, _ = shown(seed)
+    result = quantized(seed, "rtn")
+    coverage, layers = result.run["coverage"], result.plan.layers.keys()
     assert isinstance(coverage, dict)
-    named, modules = set(coverage["floats"]), dict(model.named_modules())
+    named, parameters = set(coverage["floats"]), dict(model.named_parameters())
     forgotten = [name for name in left_in_float(model, result) if not any(name == each or name.startswith(f"{each}.") for each in named)]
     assert not forgotten, f"in float, but not in the record, which names {sorted(named)}"
-    assert named <= modules.keys() | {name for name, _ in model.named_parameters()}, "names that the network does not have"
-    assert not named & result.plan.layers.keys(), "quantized layers among those in float"
-    assert coverage["parameters"] == sum(parameter.numel() for parameter in model.parameters())
-    assert 0 < coverage["quantized_parameters"] <= coverage["parameters"]
+    assert named <= parameters.keys() | dict(model.named_modules()).keys(), "names that the network does not have"
+    assert not named & layers, "quantized layers among those in float"
+    assert coverage["quantized_parameters"] == sum(model.get_submodule(name).weight.numel() for name in layers)
+    assert coverage["quantized_parameters"] <= coverage["parameters"] <= sum(parameter.numel() for parameter in parameters.values())
     assert 0 < coverage["quantized_macs"] <= coverage["macs"]
 
 
 def test_the_seeds_of_every_day_hold_every_kind() -> None:
-    found = frozenset().union(*(draw_network(seed).kinds for seed in range(FEW)))
+    found = frozenset().union(*(drawn(seed).kinds for seed in range(FEW)))
     assert {f"{group} {choice}" for group, choices in GROUPS.items() for choice in choices} == found
 
 
