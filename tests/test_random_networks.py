@@ -83,7 +83,7 @@ def test_every_parameter_is_quantized_or_named(seed: int) -> None:
     assert not forgotten, f"in float, but not in the record, which names {sorted(named)}"
     assert named <= parameters.keys() | dict(model.named_modules()).keys(), "names that the network does not have"
     assert not named & layers, "quantized layers among those in float"
-    assert coverage["quantized_parameters"] == sum(model.get_submodule(name).weight.numel() for name in layers)
+    assert coverage["quantized_parameters"] == sum(result.student.get_submodule(name).weight.numel() for name in layers)
     assert coverage["quantized_parameters"] <= coverage["parameters"] <= sum(parameter.numel() for parameter in parameters.values())
     assert 0 < coverage["quantized_macs"] <= coverage["macs"]
 
