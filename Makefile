@@ -2,7 +2,7 @@
 PYTHON ?= python3
 INSTALL = -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo test test-zoo lint bench clean
+.PHONY: demo test test-nightly test-zoo lint bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.demo
@@ -10,6 +10,10 @@ demo: .venv/.demo
 
 test: lint
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2
+
+# All random networks, not only the first few: some ten minutes on one core.
+test-nightly: .venv/.dev
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 -m "nightly or not nightly" tests/test_random_networks.py
 
 lint: .venv/.dev
 	.venv/bin/ruff check .

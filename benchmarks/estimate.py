@@ -9,7 +9,7 @@ docs/estimate.md.
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +17,12 @@ from bench import HERE, NETWORKS, RESULTS, commit, data_root
 from scipy.optimize import least_squares
 
 from datafree.measure.estimate import FIT_FILE, Fit
-from datafree.networks import EMBEDDED
+from datafree.networks import EMBEDDED, Network, load_network
 
 PAGE = HERE.parent / "docs" / "estimate.md"
 FIT_PLACE = HERE.parent / "datafree" / "measure" / FIT_FILE
 NAMES = ("kl", "noise")  # the indicators of the map
+DOUBTS = ("disagreement", "noise")  # the indicators that may contradict it
 CONFIDENCE = 90.0
 IMAGES = 2000  # at most, where a drop is measured anew
 SAME = 1e-3  # relative difference of the KL on noise, below which a student is taken for that of the result file
@@ -40,12 +41,22 @@ def collect(network: str) -> None:
     import torch
 
     torch.set_num_threads(1)
-    pairs = embedded(network) if network in EMBEDDED else real(network)
+    model = opened(network)
+    pairs = embedded(network, model) if network in EMBEDDED else real(network, model)
     found = []
     for pair in pairs:
         found.append(pair)
         print(f"{network} {pair['label']} {pair['setting']}: {pair['drop']:.2f} points, {pair['indicators']}", flush=True)
-    (RESULTS / f"estimate-{network}.json").write_text(json.dumps({"network": network, "commit": commit(), "pairs": found}, indent=1) + "\n")
+    about = {"network": network, "parameters": sum(each.numel() for each in model.model.parameters()), "commit": commit()}
+    (RESULTS / f"estimate-{network}.json").write_text(json.dumps({**about, "pairs": found}, indent=1) + "\n")
+
+
+def opened(network: str) -> Network:
+    """The network with its weights."""
+    if network in EMBEDDED:
+        return load_network(network)
+    place = NETWORKS[network]
+    return load_network(f"{HERE / 'zoo' / place.source}", data_root() / "weights" / place.weights)
 
 
 def student(model, task, method, target, seed: int):
@@ -64,14 +75,12 @@ def pair(label: str, setting: str, result, top1: float, float_top1: float, image
     }  # fmt: skip
 
 
-def embedded(network: str):
+def embedded(network: str, found: Network):
     """Every method at every setting, on the digits held out."""
     import datafree
     from datafree.measure.accuracy import compare
-    from datafree.networks import load_network
     from datafree.zoo.digits import held_out
 
-    found = load_network(network)
     for name in EMBEDDED_METHODS:
         for weights, activations, protocol in EMBEDDED_WIDTHS:
             if name == "anchor" and weights in (6, 8):
@@ -84,17 +93,15 @@ def embedded(network: str):
             yield pair(name, setting, result, both.student.top1, both.teacher.top1, both.paired.total, "held-out digits")
 
 
-def real(network: str):
+def real(network: str, found: Network):
     """The (label, setting) of estimate_pairs.json."""
     import torch
 
     import datafree
     from datafree.measure.accuracy import compare
     from datafree.measure.data import batches_of, open_data
-    from datafree.networks import load_network
 
     place = NETWORKS[network]
-    found = load_network(f"{HERE / 'zoo' / place.source}", data_root() / "weights" / place.weights)
     images: list[torch.Tensor] = []
     for name in json.loads((HERE / "estimate_pairs.json").read_text())[network]:
         file = f"{network}-{name}-s0.json"
@@ -131,16 +138,28 @@ def fitted(pairs: list[Pair], half_width: float = 0.0, left_out_error: float = 0
         residuals, np.array([3.0, *(1.0 for _ in NAMES)]), bounds=([-20, *(0 for _ in NAMES)], [20, *(9 for _ in NAMES)])
     ).x
     values = {name: [each["indicators"][name] for each in pairs] for name in (*NAMES, "classes")}
-    return Fit(
+    fit = Fit(
         scale=float(np.exp(found[0])),
         exponents={name: float(value) for name, value in zip(NAMES, found[1:], strict=True)},
         half_width=half_width,
         confidence=CONFIDENCE,
         ranges={name: (min(found), max(found)) for name, found in values.items()},
+        ceilings={},
+        parameters=(min(each["parameters"] for each in pairs), max(each["parameters"] for each in pairs)),
         networks=tuple(networks(pairs)),
         pairs=len(pairs),
         left_out_error=left_out_error,
     )
+    return replace(fit, ceilings={name: ceilings(fit, pairs, name) for name in DOUBTS})
+
+
+def ceilings(fit: Fit, pairs: list[Pair], name: str) -> tuple[tuple[float, float], ...]:
+    """Where the largest value of the indicator rises as the estimate does: ascending pairs of the estimate and that value."""
+    steps: list[tuple[float, float]] = []
+    for drop, value in sorted((fit.drop(told := each["indicators"], int(told["classes"])), told[name]) for each in pairs):
+        if not steps or value > steps[-1][1]:
+            steps.append((drop, value))
+    return tuple(steps)
 
 
 def columns(pairs: list[Pair]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -180,7 +199,9 @@ def validated(pairs: list[Pair]) -> list[Pair]:
         low, high = fit.interval(drop, classes)
         covered = low <= each["drop"] <= high
         ranges = {name: limits for name, limits in fit.ranges.items() if name != "classes"}
-        found.append({**each, "estimate": drop, "low": low, "high": high, "covered": covered, "inside": inside(each["indicators"], ranges)})
+        within = inside(each["indicators"], ranges)
+        doubted = fit.contradiction(each["indicators"], high) is not None
+        found.append({**each, "estimate": drop, "low": low, "high": high, "covered": covered, "inside": within, "doubted": doubted})
     return found
 
 
@@ -205,13 +226,28 @@ KL is the divergence of the answers in nats, noise the energy of the difference 
 mean over the classes), both as geometric means over the two families. Exponents cannot be negative, so more noise never means less
 loss. The interval is {half_width:.2f} to either side in log(1 + points): made to cover {confidence:.0f} % of the settings of a
 network that the map has not seen, measured on the left-out network that it fits worst. The estimate is unknown where the network is no
-classifier, and where an indicator lies outside what was seen in the fit:
-{ranges}.
-The disagreement of the choices is recorded, but did not improve the map.
+classifier. What was seen in the fit: {ranges}.
+Beyond that there is no estimate either. With another number of classes it is unknown. Where KL or noise is smaller, the drop is "too
+small to tell (under x points)", x being the upper end of the interval at the edge. Where one is larger, it is "unknown, and probably
+large".
 
-The map was fitted on {pairs} measured drops of these networks only: {networks}.
-One of them has 1000 classes, the others have 10, and none has a million parameters. Networks much unlike them, or methods that tune the
-student on such pictures harder than `anchor` does, may be off by more.
+## Where the indicators contradict the map
+
+A network that gives nearly the same answer to everything, such as one with random weights, has a tiny KL while its choices change.
+So the map is checked: where the disagreement of the choices (in percent of the pictures) or the noise is larger than in any fitted pair
+with an estimate up to the upper end of the interval, the drop is "unknown, and probably large". Of the {pairs} pairs {doubted} are refused
+so by the maps that do not know their network.
+
+{ceilings}
+
+The disagreement is no part of the map itself, which it did not improve.
+
+## What it was fitted on
+
+{pairs} measured drops of these networks only: {networks}.
+They have {few_parameters:,} to {many_parameters:,} parameters; one has 1000 classes, the others have 10. Beside a network of more
+than twice as many parameters the estimate says so. Networks much unlike them, or methods that tune the student on such pictures harder
+than `anchor` does, may be off by more.
 
 ## Each network left out
 
@@ -242,9 +278,18 @@ def publish(pairs: list[Pair]) -> None:
             sources=max(max(each["sources"].values()) for each in pairs),
             scale=fit.scale, **fit.exponents, half_width=fit.half_width, confidence=fit.confidence, pairs=fit.pairs,
             ranges=", ".join(f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in fit.ranges.items()),
+            doubted=sum(each["doubted"] for each in found), ceilings=ceiling_table(fit),
+            few_parameters=fit.parameters[0], many_parameters=fit.parameters[1],
             networks=", ".join(fit.networks), table=summary(found), everything=listing(found),
         )
     )  # fmt: skip
+
+
+def ceiling_table(fit: Fit) -> str:
+    lines = ["| indicator | up to an estimate of, points | at most |", "|" + " --- |" * 3]
+    drops = sorted({fit.interval(drop, 1000)[1] for drop in (0.0, 1.0, 3.0, 10.0)})
+    rows = [(name, drop, max(value for at, value in steps if at <= drop)) for name, steps in fit.ceilings.items() for drop in drops]
+    return "\n".join([*lines, *(f"| {name} | {drop:.1f} | {value:.3g} |" for name, drop, value in rows)])
 
 
 def error(pairs: list[Pair]) -> float:
@@ -270,7 +315,8 @@ def listing(found: list[Pair]) -> str:
     for each in sorted(found, key=lambda each: (each["network"], each["drop"])):
         told = each["indicators"]
         about = (each["network"], each["label"], each["setting"], f"{told['kl']:.3g}", f"{told['noise']:.3g}", f"{each['drop']:.2f}")
-        verdict = [*([] if each["covered"] else ["missed"]), *([] if each["inside"] else ["beyond the others' range"])]
+        words = {"missed": not each["covered"], "beyond the others' range": not each["inside"], "contradicted": each["doubted"]}
+        verdict = [word for word, holds in words.items() if holds]
         interval = f"{each['low']:.2f} to {each['high']:.2f}"
         cells = (*about, str(each["images"]), f"{each['estimate']:.2f}", interval, ", ".join(verdict))
         lines.append(f"| {' | '.join(cells)} |")
@@ -280,7 +326,7 @@ def listing(found: list[Pair]) -> str:
 def everything() -> list[Pair]:
     """The pairs of all result files, each with its network."""
     read = [json.loads(path.read_text()) for path in sorted(Path(RESULTS).glob("estimate-*.json"))]
-    return [{"network": each["network"], **pair} for each in read for pair in each["pairs"]]
+    return [{"network": each["network"], "parameters": each["parameters"], **pair} for each in read for pair in each["pairs"]]
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The command ``datafree``: one function for each command, flags derived from frozen dataclasses."""
 
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -9,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
+import torch
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.help import ColumnSpec, DefaultFormatter, DescriptionRenderer, HelpEntry
 from rich.console import Console, RenderableType
@@ -16,7 +18,8 @@ from rich.console import Group as Stack
 from rich.padding import Padding
 
 from datafree import parallel, show
-from datafree.api import Result, check_free, load, quantize, with_estimate, with_layers
+from datafree.api import load, quantize, with_estimate, with_layers
+from datafree.checks import check_network
 from datafree.cli_export import bench_speed_command, export_command, verify_command
 from datafree.cli_flags import (
     DEFAULT_METHOD,
@@ -36,14 +39,19 @@ from datafree.cli_report import compare_command, manifest_command, report_comman
 from datafree.cli_search import search_command
 from datafree.context import Ctx
 from datafree.errors import DataError, DatafreeError, VerifyError
+from datafree.export.files import write_whole
 from datafree.graph.flow import read
+from datafree.graph.plain import teacher_of
 from datafree.graph.swap import frozen_copy
+from datafree.input_check import input_warning
 from datafree.measure.accuracy import Comparison, compare, evaluate
 from datafree.measure.data import Data, find_data, open_data
 from datafree.method import Method, find_method, methods, option
-from datafree.networks import EMBEDDED, check_network
+from datafree.networks import EMBEDDED, Network
 from datafree.plan import Plan, Protocol, Target
 from datafree.report.evidence import recorder
+from datafree.report.runs import RUN_FILE
+from datafree.result import Result, check_free, strict_json
 from datafree.task import Task
 
 DEMO_RUNS = (("anchor", (2, 6)), ("dfmpc", (2, 6)), ("anchor", (4,)), ("dfmpc", (4,)), ("rtn", (4,)))
@@ -175,7 +183,7 @@ def _demo(*, out: Annotated[Path | None, Parameter(help="a new folder; datafree-
             result = quantize(network.model, network.task, method=method, target=Target(weight_bits=bits), on_event=listen)
             data, name = _data(DIGITS, DIGITS, network.task)
             comparison = compare(network.model, result.student, network.task, data, listen)
-            result = _measured(result, DIGITS, network.name, name, comparison)
+            result = _measured(_named(result, DIGITS, network), name, comparison)
             result.save(folder / f"{method}-w{'-'.join(map(str, bits))}")
             found.append((result, comparison))
     console.print(f"A network for handwritten digits ({found[0][1].paired.total} held out), quantized without data:\n")
@@ -207,14 +215,18 @@ def _methods(
 def _inspect(net: Net, /, *, network: NetworkGroup = NETWORK, json: Json = False) -> None:
     """Show the layers of a network: what follows each, its role and size, and what cannot be quantized."""
     found = open_network(net, network)
-    check_network(found.model, found.task)
+    notes = (*found.notes, *check_network(found.model, found.task))
     ctx = Ctx.create(device=network.device)
-    teacher = frozen_copy(found.model, ctx.device)
-    report = show.network_report(found.name, read(teacher, found.task, ctx), teacher)
+    teacher = teacher_of(found.model, found.task, ctx.device)
+    flow = read(teacher, found.task, ctx)
+    warning = input_warning(teacher, flow, found.task)
+    notes = (*notes, *([warning] if warning else []))
+    report = show.network_report(found.name, flow, teacher)
     if json:
-        show.show_json(_stdout(), asdict(report))
+        show.show_json(_stdout(), {**asdict(report), "notes": notes})
     else:
         show.show_network(_stdout(), report)
+        show.show_rows(_stdout(), [("note", note) for note in notes])
 
 
 def _quantize(net: str, flags: QuantizeFlags, network: NetworkFlags, method: Method) -> None:
@@ -240,20 +252,24 @@ def _quantize(net: str, flags: QuantizeFlags, network: NetworkFlags, method: Met
             return  # the first process does the rest
         result = with_layers(result.keeping_pictures() if flags.keep_pictures else result, found.model)
         result = with_estimate(result, found.model)
+        evidence = {"loading": asdict(loading), "quantizing": asdict(quantizing)}
+        result = _named(result, net, found)
+        result = replace(result, run={**result.run, "started": started, "evidence": evidence})
+        folder = result.save(_fresh(_run_folder(found.name, method.name, target)) if flags.out is None else flags.out)
         comparison, data_name, refused = None, "", None
         with heard.listen() as measuring:
-            try:
+            try:  # the student is saved: it stays whatever comes of this
                 if flags.data is not None:
                     data, data_name = _data(flags.data, net, found.task)
                     comparison = compare(found.model, result.student, found.task, data, listen)
-            except DataError as error:
+            except DatafreeError as error:
                 refused = error
-    evidence = {"loading": asdict(loading), "quantizing": asdict(quantizing), "measuring": asdict(measuring)}
-    result = _measured(result, net, found.name, data_name, comparison)
-    result = replace(result, run={**result.run, "started": started, "evidence": evidence})
-    folder = result.save(_fresh(_run_folder(found.name, method.name, target)) if flags.out is None else flags.out)
+    result = _measured(result, data_name, comparison)
+    result = replace(result, run={**result.run, "evidence": {**evidence, "measuring": asdict(measuring)}})
+    write_whole(folder / RUN_FILE, (strict_json(result.run) + "\n").encode())
     if refused is not None:
-        raise DataError(f"{refused}; the student is in {folder} all the same: measure it with 'datafree evaluate'") from refused
+        how = shlex.join(("datafree", "evaluate", net, "--student", str(folder), "--data", str(flags.data)))
+        raise type(refused)(f"{refused}; the student is in {folder} all the same: measure it with '{how}'") from refused
     if flags.json:
         show.show_json(_stdout(), {**result.run, "folder": folder})
         return
@@ -275,9 +291,9 @@ def _evaluate(
     if data is None and net not in EMBEDDED:
         raise DataError("accuracy needs labelled data: give --data PATH")
     found = open_network(net, network)
-    check_network(found.model, found.task)
+    notes = (*found.notes, *check_network(found.model, found.task))
     labelled, name = _data(data or DIGITS, net, found.task)
-    model = found.model.to(network.device)
+    model = frozen_copy(found.model, torch.device(network.device))
     quantized = None if student is None else load(student, model)
     with show.progress(_stderr()) as listen:
         if quantized is None:
@@ -288,9 +304,9 @@ def _evaluate(
             comparison = compare(model, quantized, found.task, labelled, listen)
             report, rows = show.accuracy_report(name, comparison), [*show.accuracy_rows(comparison)]
     if json:
-        show.show_json(_stdout(), {"network": found.name, **report})
+        show.show_json(_stdout(), {"network": found.name, **report, "notes": notes})
     else:
-        show.show_rows(_stdout(), [("network", found.name), ("data", name), *rows])
+        show.show_rows(_stdout(), [("network", found.name), ("data", name), *rows, *(("note", note) for note in notes)])
 
 
 # ---------------------------------------------------------------- pieces
@@ -318,10 +334,17 @@ def _held_out(data: str, net: str) -> bool:
     return data == DIGITS and net in EMBEDDED
 
 
-def _measured(result: Result, net: str, network: str, data: str, comparison: Comparison | None) -> Result:
-    """The result with the network's name in its record, and with its accuracy if that was measured."""
+def _named(result: Result, net: str, network: Network) -> Result:
+    """The result with the network's name in its record, and with what was noted when it was loaded."""
+    notes = result.run["notes"]
+    assert isinstance(notes, list)
+    return replace(result, run={"net": net, "network": network.name, **result.run, "notes": [*network.notes, *notes]})
+
+
+def _measured(result: Result, data: str, comparison: Comparison | None) -> Result:
+    """The result with its accuracy in its record, if that was measured."""
     accuracy = {} if comparison is None else {"accuracy": show.accuracy_report(data, comparison)}
-    return replace(result, run={"net": net, "network": network, **result.run, **accuracy})
+    return replace(result, run={**result.run, **accuracy})
 
 
 def _run_folder(network: str, method: str, target: Target) -> Path:

@@ -1,9 +1,11 @@
 """The commands around exported files: ``export``, ``verify``, ``bench-speed``."""
 
-import json
+import math
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from cyclopts import Parameter
@@ -12,18 +14,20 @@ from rich.table import Table
 from torch import nn
 
 from datafree import show
-from datafree.api import Form, export, load, made_by, strict_json, verify
+from datafree.api import load
 from datafree.bits.cost import packed_bytes
 from datafree.errors import ExportError, VerifyError, WeightsError
 from datafree.export.files import check_folder, write_whole
 from datafree.export.openvino_runtime import imported
+from datafree.measure.verification import fallen
 from datafree.method import option
 from datafree.networks import load_network
-from datafree.report.runs import RUN_FILE, VERIFICATION_FILE
+from datafree.report.runs import RUN_FILE, VERIFICATION_FILE, read_record, task_of, verifications
+from datafree.result import Form, export, made_by, strict_json, verify
 from datafree.task import Task
 
 if TYPE_CHECKING:
-    from datafree.measure.verify import Verification
+    from datafree.measure.verification import OutputDifference, Verification
 
 Run = Annotated[Path, Parameter(help="a folder that 'quantize' wrote")]
 Json = Annotated[bool, Parameter(help="print JSON instead of a table", negative=())]
@@ -62,7 +66,7 @@ _CheckFlags = Annotated[CheckFlags, Parameter(name="*")]
 
 def export_command(run: Run, /, *, flags: _ExportFlags = _EXPORT, check: _CheckFlags = _CHECK) -> None:
     """Write the student of a run as a file, run it in its runtime and compare."""
-    student, task, record = open_run(run, check.net)
+    student, task, record = open_run(run, check.net, ("datafree", "export", str(run)))
     suffix = {"onnx": ".onnx", "openvino": ".xml", "safetensors": ".safetensors", "program": ".pt2"}[flags.to]
     file = flags.out or run / f"model{suffix}"
     check_folder(file)  # what is missing is told before the work
@@ -84,18 +88,17 @@ def verify_command(
     check: _CheckFlags = _CHECK,
 ) -> None:
     """Run an exported file in its runtime and compare it with the student of a run."""
-    student, task, _ = open_run(against, check.net)
+    student, task, _ = open_run(against, check.net, ("datafree", "verify", str(file), "--against", str(against)))
     _check(file, against, student, task, check)
 
 
 def _check(file: Path, run: Path, student: nn.Module, task: Task, flags: CheckFlags) -> None:
-    """Show what came of running a file, and leave it in the run for its report if the file is that of its student.
+    """Show what came of running a file, and leave it in the run, under the file's name, if the file is that of its student.
 
     Raises VerifyError where it failed; fallbacks and slowness may be allowed.
     """
     found, size = verify(file, student, task, runtime=flags.runtime, threads=flags.threads), packed_bytes(student)
-    if not found.differences:
-        write_whole(run / VERIFICATION_FILE, (strict_json(found.to_json()) + "\n").encode())
+    _keep(run, found)
     console = Console(highlight=False, markup=False, emoji=False)
     if flags.json:
         show.show_json(console, {**found.to_json(), "packed_bytes": size})
@@ -104,6 +107,15 @@ def _check(file: Path, run: Path, student: nn.Module, task: Task, flags: CheckFl
     failures = found.differences if flags.allow_fallback else found.failures
     if failures:
         raise VerifyError("; ".join(failures))
+
+
+def _keep(run: Path, found: "Verification") -> None:
+    """Put what came of a file behind what came of the others; a file that is not the student's is forgotten."""
+    before = verifications(run)
+    others = {name: each for name, each in before.items() if name != found.file}
+    after = others if found.differences else {**others, found.file: found.to_json()}
+    if before or after:
+        write_whole(run / VERIFICATION_FILE, (strict_json(after) + "\n").encode())
 
 
 def bench_speed_command(
@@ -146,39 +158,77 @@ def bench_speed_command(
     console.print(table)
 
 
-def open_run(folder: Path, net: str | None) -> tuple[nn.Module, Task, dict[str, object]]:
-    """The student of a run, its task and its record. Raises WeightsError where the folder holds no whole run."""
-    try:
-        record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-        given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in record["task"].items()}
-        task = Task(**given)
-    except FileNotFoundError as error:
-        raise WeightsError(f"{folder} holds no {RUN_FILE}: expected a folder that 'datafree quantize' wrote") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{folder / RUN_FILE} is damaged or of another version: {error!r}; quantize again") from error
+def open_run(folder: Path, net: str | None, command: Sequence[str]) -> tuple[nn.Module, Task, Mapping[str, object]]:
+    """The student of a run, its task and its record.
+
+    A folder may come from a stranger: a file of Python code that it names is never run, only one that ``net`` names.
+
+    Raises WeightsError where the folder holds no whole run, or where ``net`` is needed; the message then ends with ``command`` and it.
+    """
+    record = read_record(folder)
+    task = task_of(record)
     source = net or str(record.get("net", ""))
     if not source:
         raise WeightsError(f"{folder / RUN_FILE} does not name its network: give it with --net")
+    if net is None and ".py" in source:
+        raise WeightsError(
+            f"{folder / RUN_FILE} names its network as {source}, a file of code, which is run only where you name it yourself: "
+            f"{shlex.join((*command, '--net', source))}"
+        )
     return load(folder, load_network(source, pretrained=False).model), task, record
 
 
 def verification_rows(found: "Verification", packed: int) -> list[tuple[str, str]]:
     """What came of running a file, as rows; ``packed``: bytes of the student's integers, scales and biases."""
-    integer = sum(kernel.integer for kernel in found.kernels.values())
-    kernels = f"{integer} of {found.layers} layers are integer; {len(found.fell_back)} fell back"
+    kernels = f"{found.integer_layers} of {found.layers} layers are integer; {len(found.fell_back)} fell back"
+    planned = f"; {found.float_inputs} have inputs that the plan leaves in float" if found.float_inputs else ""
     chosen = "; float kernels by choice" if found.float_kernels else ""
     compared = f"{found.points} activations: {found.differing_codes:.2g} % of the codes differ, by {found.code_difference} steps at most"
-    return [
+    rows = [
         ("file", f"{found.file}, {found.file_bytes / 1000:.1f} kB (bits, scales and biases: {packed / 1000:.1f} kB)"),
         ("runtime", f"{found.runtime}, loaded in {found.load_seconds:.2f} s"),
-        ("kernels", kernels + chosen),
-        (
-            "answers",
-            f"differ by {found.largest_difference:.2g} of {found.largest_answer:.3g}; same top-1 on {found.same_top1:.1f} % of noise",
-        ),
-        ("step by step", compared),
+        ("precision", _precision(found)),
+        ("kernels", kernels + planned + chosen),
+        ("fell back", fallen(found.fell_back)),
+        ("answers", _answers(found)),
+        ("outputs", ", ".join(_of(name, output) for name, output in found.outputs.items()) if len(found.outputs) > 1 else ""),
+        ("not in the file", ", ".join(found.left_out) and f"{', '.join(found.left_out)}: files hold tensors only"),
+        ("step by step", _float_activations(found) if found.float_kernels else compared),
         (
             "latency",
             f"{found.latency.median:.2f} ms, the float network {found.float_latency.median:.2f} ms: {found.speedup:.2f} times as fast",
         ),
     ]
+    return [(label, text) for label, text in rows if text]
+
+
+def _of(name: str, output: "OutputDifference") -> str:
+    return f"{name} {output.largest:.2g} of {output.largest_value:.3g}"
+
+
+def _answers(found: "Verification") -> str:
+    """The output that differs most, and the classes of the answer where it has any."""
+    if not found.outputs:
+        return "none could be compared"
+    worst = found.outputs[found.worst]
+    which = f" ({found.worst})" if len(found.outputs) > 1 else ""
+    same = "" if found.same_top1 is None else f"; same top-1 on {found.same_top1:.1f} % of noise"
+    return f"differ by {worst.largest:.2g} of {worst.largest_value:.3g} at most{which}, {_decibels(worst.sqnr)}{same}"
+
+
+def _float_activations(found: "Verification") -> str:
+    local = max((output.local for output in found.outputs.values()), default=0.0)
+    return f"activations are float in this file, the student rounds them; without its rounding the answers differ by {local:.2g}"
+
+
+def _precision(found: "Verification") -> str:
+    default = found.default_precision
+    if default is None:
+        return ""
+    what = f"{found.precision}, which 'verify' asks for; by default this machine takes {default.precision}"
+    far = f"{default.output} then differs by {default.largest:.2g} from the student's, {_decibels(default.sqnr)}"
+    return f"{what}: {far}" + (f": set INFERENCE_PRECISION_HINT to {found.precision}" if default.precision != found.precision else "")
+
+
+def _decibels(sqnr: float) -> str:
+    return "equal to the last bit" if math.isinf(sqnr) else f"SQNR {sqnr:.1f} dB"

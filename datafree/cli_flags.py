@@ -56,7 +56,8 @@ Json = Annotated[bool, Parameter(help="print JSON instead of a table", negative=
 class NetworkFlags:
     """Where the weights are, and what to put in place of the network's own task."""
 
-    weights: Path | None = option(None, "a file of weights: .safetensors, .pt or .pth")
+    weights: Path | None = option(None, "a file of weights: .safetensors, .pt, .pth, .ckpt or .bin")
+    weights_key: str | None = option(None, "which state dict of that file to take, such as state_dict_ema, where it has several")
     input_shape: Ints | None = option(None, "shape of one input, such as 3,32,32")
     mean: Floats | None = option(None, "per channel, subtracted from pixels in [0, 1]")
     std: Floats | None = option(None, "per channel, divides what is left")
@@ -72,8 +73,10 @@ NetworkGroup = Annotated[NetworkFlags, Parameter(name="*", group=Group("Network"
 def open_network(net: str, flags: NetworkFlags) -> Network:
     """The network that ``net`` names, with the task that the flags make of its own."""
     Ctx.create(device=flags.device)  # refuses one that is not there
-    found = load_network(net, flags.weights)
-    return replace(found, task=task_with(found.task, flags.input_shape, flags.mean, flags.std, flags.classes, flags.resize))
+    found = load_network(net, flags.weights, weights_key=flags.weights_key)
+    given = {"shape": flags.input_shape, "mean": flags.mean, "std": flags.std}
+    task = task_with(found.task, flags.input_shape, flags.mean, flags.std, flags.classes, flags.resize)
+    return replace(found, task=task, assumed=tuple(name for name in found.assumed if given[name] is None))
 
 
 def for_method(command: Callable[..., None], chosen: type[Method], about: str, flags: type) -> Callable[..., None]:

@@ -8,13 +8,13 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from datafree import show
-from datafree.api import strict_json
 from datafree.cli_export import Json, Run
 from datafree.errors import MissingExtraError, OutputError
 from datafree.export.files import write_whole
 from datafree.report.content import content, verdict, verdict_rows
 from datafree.report.manifest import manifest, manifest_rows
 from datafree.report.runs import Table, open_folder
+from datafree.result import strict_json
 
 PAGE, TWIN = "report.html", "report.json"
 

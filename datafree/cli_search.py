@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 
 from datafree import show
-from datafree.api import export, strict_json
 from datafree.bits.pareto import Point
 from datafree.cli_flags import (
     DEFAULT_METHOD,
@@ -35,6 +34,7 @@ from datafree.export.files import write_whole
 from datafree.method import Method, option
 from datafree.plan import Protocol, Target
 from datafree.planning import WIDTHS, Frontier, Measure, search
+from datafree.result import export, strict_json
 from datafree.synth.noise import Pictures
 from datafree.task import Task
 

@@ -1,11 +1,14 @@
 """What a run carries along: device, randomness, progress, a folder to work in."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
+from typing import Generic, TypeVar, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from datafree.errors import TargetError
 
@@ -20,6 +23,29 @@ class Event:
     message: str = ""
 
 
+T = TypeVar("T")
+
+
+@final
+class Made(Generic[T]):
+    """What was made so far, to be given again where the very same is asked for: an explicit cache."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[T, Tensor]] = {}
+
+    def once(self, what: str, model: nn.Module, generator: torch.Generator, make: Callable[[], T]) -> T:
+        """What ``make`` gives, or gave before to the same words, weights and random state; ``generator`` ends as if it were made anew."""
+        digest = hashlib.sha256(what.encode())
+        for each in (*model.parameters(), *model.buffers(), generator.get_state()):
+            digest.update(each.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        key = digest.hexdigest()
+        if key not in self._known:
+            self._known[key] = make(), generator.get_state()
+        found, state = self._known[key]
+        generator.set_state(state)
+        return found
+
+
 @dataclass(frozen=True)
 class Ctx:
     """Handed to every method and every part of it.
@@ -28,7 +54,11 @@ class Ctx:
         device: where tensors live.
         generator: the only source of randomness, on ``device``.
         on_event: called with each :class:`Event`.
-        folder: a place for large intermediate files; None if there is none.
+        folder: a place for checkpoints; None if there is none.
+        identity: all that the run depends on, in words, and what part of it this is: checkpoints of anything else are not taken.
+        stages: numbers the fits of the run in their order.
+        pictures: optimised inputs, where several runs for the same network share them; None: each makes its own.
+        mixed_precision: whether losses are computed in bfloat16 where the device is a GPU.
         on_pictures: called with every batch of inputs that a method has made, (n, *shape), where they are to be kept; None: nobody asks.
     """
 
@@ -36,6 +66,10 @@ class Ctx:
     generator: torch.Generator
     on_event: Callable[[Event], None] = field(default=lambda event: None)
     folder: Path | None = None
+    identity: str = ""
+    stages: Iterator[int] = field(default_factory=count, compare=False, repr=False)
+    pictures: Made[Tensor] | None = None
+    mixed_precision: bool = True
     on_pictures: Callable[[Tensor], None] | None = None
 
     @staticmethod
@@ -53,6 +87,10 @@ class Ctx:
         except (RuntimeError, TypeError, AssertionError) as error:
             raise TargetError(f"device {str(device)!r} cannot be used here: choose cpu, or cuda where torch finds it") from error
         return Ctx(place, generator) if on_event is None else Ctx(place, generator, on_event)
+
+    def part(self, what: object) -> "Ctx":
+        """The context of a part of the run, whose checkpoints are its own; the text of ``what`` is the same in every process."""
+        return replace(self, identity=f"{self.identity}\n{what}")
 
     def progress(self, name: str, step: int = 0, total: int = 0, message: str = "") -> None:
         """Tell the listener how far the stage ``name`` has come."""

@@ -2,8 +2,8 @@
 
 Where ``Ctx.folder`` is set, every :data:`CHECKPOINT_STEPS` steps and at the end a file there keeps all that the next step depends on:
 the parameters, the states of optimizer, schedule and random generator, what the loss itself keeps, and the losses so far. Its name holds
-a hash of the state in which the fit began, so that the fits of one run do not meet, and the same run, started again, finds each of them
-where it was. :func:`resumable` keeps different runs apart.
+a hash of all that the fit depends on: the identity of the run (:func:`resumable`), which of its fits this is, and the state in which it
+begins. So the same run, started again, finds each fit where it was, and no other fit takes its checkpoint.
 
 Several processes (:mod:`datafree.parallel`) take every step together: each computes the loss with random draws of its own, gradients and
 losses are averaged, and the first writes the checkpoints. A loss that calls :func:`fit` itself works in one process only.
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Protocol, final, runtime_checkable
@@ -72,7 +73,7 @@ def resumable(ctx: Ctx, folder: Path | None, asked: str) -> Iterator[Ctx]:
     others = [each for each in folder.glob("*/") if each != place and any(each.glob("*.pt"))]
     if others:
         ctx.note(f"{folder} holds checkpoints of {len(others)} other runs (another network, method, target or seed), which are not taken")
-    yield replace(ctx, folder=place)
+    yield replace(ctx, folder=place, identity=asked, stages=count())
     parallel.gathered(None)  # no process needs them any more
     if parallel.rank():
         return
@@ -93,7 +94,8 @@ def fit(
 ) -> list[float]:
     """Take ``steps`` steps of ``optimizer`` on ``params``; returns the loss before each of them.
 
-    On a GPU the loss is computed in mixed precision (bfloat16). Every event of progress tells the loss and the time left.
+    On a GPU the loss is computed in mixed precision (bfloat16) unless ``ctx`` says otherwise. Every event of progress tells the loss and
+    the time left.
 
     Args:
         params: what the optimizer changes; they end as they stand after the last step.
@@ -104,14 +106,15 @@ def fit(
         ctx: progress goes to it; its folder, if it has one, holds the checkpoints.
         name: of the stage, in events and file names.
         schedule: of the learning rate, told after each step; a plateau schedule is shown the loss.
-        stop: given the losses so far, whether they are good enough; see :func:`stalled`.
+        stop: given the losses so far, whether they are good enough; see :class:`Stalled`.
 
     Raises:
         MethodError: the loss is not finite; the message names its term, and ``params`` stay as they were before the step.
         OutputError: a checkpoint cannot be written, or is damaged.
     """
-    place = None if ctx.folder is None else ctx.folder / _file_name(name, params, optimizer, ctx)
+    place = None if ctx.folder is None else ctx.folder / _file_name(name, params, loss, steps, optimizer, ctx)
     kept = loss if isinstance(loss, Stateful) else None
+    mixed = ctx.mixed_precision and ctx.device.type == "cuda"
     with parallel.apart(ctx.generator):
         losses = [] if place is None else _resume(place, params, optimizer, schedule, kept, ctx)
         parallel.align(params)
@@ -120,7 +123,7 @@ def fit(
             ctx.note(f"{name}: resumed at step {begun} of {steps}")
         while len(losses) < steps and not (stop is not None and parallel.agreed(stop(losses))):
             optimizer.zero_grad()
-            with torch.enable_grad(), torch.autocast(ctx.device.type, torch.bfloat16, enabled=ctx.device.type == "cuda"):
+            with torch.enable_grad(), torch.autocast(ctx.device.type, torch.bfloat16, enabled=mixed):
                 found = loss()
                 value = total(found if isinstance(found, Mapping) else {"loss": found}, name, len(losses) + 1)
             value.backward()  # type: ignore[no-untyped-call]
@@ -162,16 +165,20 @@ def _blamed(terms: Mapping[str, Tensor], value: Tensor) -> str:
     return " and ".join(f"the {key} is {each}" for key, each in wrong.items())
 
 
-def stalled(window: int = 50, gain: float = 0.01) -> Stop:
-    """Stop once the mean of the last ``window`` losses is not less than that of the window before it by the share ``gain``."""
+@final
+@dataclass(frozen=True)
+class Stalled:
+    """Stops once the mean of the last ``window`` losses is not less than that of the window before it by the share ``gain``."""
 
-    def stop(losses: Sequence[float]) -> bool:
-        if len(losses) < 2 * window:
+    window: int = 50
+    gain: float = 0.01
+
+    def __call__(self, losses: Sequence[float]) -> bool:
+        """Whether they have stalled."""
+        if len(losses) < 2 * self.window:
             return False
-        before, last = sum(losses[-2 * window : -window]), sum(losses[-window:])
-        return last > before - gain * abs(before)
-
-    return stop
+        before, last = sum(losses[-2 * self.window : -self.window]), sum(losses[-self.window :])
+        return last > before - self.gain * abs(before)
 
 
 @final
@@ -245,9 +252,12 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _file_name(name: str, params: Sequence[Tensor], optimizer: Optimizer, ctx: Ctx) -> str:
-    """``name``, and a hash of where the fit begins."""
-    digest = hashlib.sha256(repr((parallel.count(), sorted(optimizer.defaults.items()))).encode())
+def _file_name(name: str, params: Sequence[Tensor], loss: Loss, steps: int, optimizer: Optimizer, ctx: Ctx) -> str:
+    """``name``, and a hash of what the fit depends on."""
+    groups = [sorted((key, value) for key, value in group.items() if key != "params") for group in optimizer.param_groups]
+    kind = getattr(loss, "__qualname__", type(loss).__qualname__)
+    run = (ctx.identity, next(ctx.stages), ctx.mixed_precision, parallel.count())
+    digest = hashlib.sha256(repr((run, kind, steps, type(optimizer).__qualname__, groups)).encode())
     for each in (*params, ctx.generator.get_state()):
         digest.update(repr(tuple(each.shape)).encode() + each.detach().cpu().contiguous().view(-1).numpy().tobytes())
     return f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{digest.hexdigest()[:16]}.pt"
@@ -262,17 +272,18 @@ def _resume(
         return []
     try:
         state = torch.load(place, map_location=ctx.device, weights_only=True)
-    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        losses: list[float] = state["losses"]
+        generator = state["generators"][parallel.rank()].cpu()
+        for param, saved in zip(params, state["params"], strict=True):
+            param.copy_(saved)
+        optimizer.load_state_dict(state["optimizer"])
+        if schedule is not None:
+            schedule.load_state_dict(state["schedule"])
+        if kept is not None:
+            kept.load_state_dict(state["kept"])
+        ctx.generator.set_state(generator)
+    except (OSError, RuntimeError, EOFError, UnpicklingError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise OutputError(f"the checkpoint {place} is damaged: remove it, and the run starts anew") from error
-    for param, saved in zip(params, state["params"], strict=True):
-        param.copy_(saved)
-    optimizer.load_state_dict(state["optimizer"])
-    if schedule is not None:
-        schedule.load_state_dict(state["schedule"])
-    if kept is not None:
-        kept.load_state_dict(state["kept"])
-    ctx.generator.set_state(state["generators"][parallel.rank()].cpu())
-    losses: list[float] = state["losses"]
     return losses
 
 

@@ -1,5 +1,6 @@
 """Where a float network comes from: an embedded one, timm, torchvision, or a function in a file of the user's own."""
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -9,18 +10,18 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from itertools import chain
 from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import nn
 
-from datafree.errors import MissingExtraError, NetworkError
+from datafree.errors import DatafreeError, MissingExtraError, NetworkError, WeightsError
+from datafree.export.checkpoints import LoadedWeights
 from datafree.export.float_weights import load_weights
-from datafree.graph.swap import frozen_copy
+from datafree.graph.swap import unwrapped, wrappers
 from datafree.task import Task
+from datafree.user_code import USER_ERRORS, described_error
 
 EMBEDDED = ("digits", "digits-vit")  # networks of the package, for the digits that it holds out
 FORMS = f"{', '.join(EMBEDDED)}, timm:NAME, torchvision:NAME or path/to/file.py:function"
@@ -28,14 +29,34 @@ FORMS = f"{', '.join(EMBEDDED)}, timm:NAME, torchvision:NAME or path/to/file.py:
 
 @dataclass(frozen=True)
 class Network:
-    """A float network in eval mode, what it is for, and a short name for reports."""
+    """A float network in eval mode, what it is for, and a short name for reports.
+
+    Args:
+        model: without wrappers such as DataParallel.
+        task: its inputs and answer.
+        name: a short name.
+        weights: what was taken out of a file of weights, if one was given.
+        wrappers: what was taken off around the network, in words.
+        assumed: which fields of the task nobody has given, so that its defaults were taken.
+    """
 
     model: nn.Module
     task: Task
     name: str
+    weights: LoadedWeights | None = None
+    wrappers: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of how the network was loaded."""
+        loaded = () if self.weights is None or not self.weights.note else (self.weights.note,)
+        given = ", ".join(f"{name} {getattr(self.task, name)}" for name in self.assumed)
+        guessed = f"the function returned no Task: {given} were assumed. Return (module, Task), or give --input-shape, --mean and --std"
+        return (*(f"{each} is taken off" for each in self.wrappers), *loaded, *([guessed] if self.assumed else []))
 
 
-def load_network(net: str, weights: Path | None = None, pretrained: bool = True) -> Network:
+def load_network(net: str, weights: Path | None = None, pretrained: bool = True, weights_key: str | None = None) -> Network:
     """Load a network and its task.
 
     Args:
@@ -43,13 +64,15 @@ def load_network(net: str, weights: Path | None = None, pretrained: bool = True)
             the function takes no arguments and returns a module or (module, Task).
         weights: a file of weights to load into it; then no hub is contacted.
         pretrained: whether timm and torchvision are asked for their weights where ``weights`` is None.
+        weights_key: which state dict of the file to take where it has several.
 
     Raises:
-        NetworkError: an unknown name, a failed download, a file or function that does not give a network.
+        NetworkError: an unknown name, a failed download, a file or function that fails or does not give a network.
         MissingExtraError: timm or torchvision is not installed.
         WeightsError: ``weights`` cannot be read or does not fit.
     """
     kind, _, name = net.rpartition(":") if ".py:" in net else net.partition(":")
+    assumed: tuple[str, ...] = ()
     download = pretrained and weights is None
     if net == "digits":
         from datafree.zoo.digits import digits
@@ -66,14 +89,16 @@ def load_network(net: str, weights: Path | None = None, pretrained: bool = True)
     elif kind == "torchvision" and name:
         model, task = _from_torchvision(name, download)
     elif kind.endswith(".py") and name:
-        model, task = _from_file(Path(kind).expanduser(), name)
+        model, task, assumed = _from_file(Path(kind).expanduser(), name)
     elif net.endswith(".py"):
         raise NetworkError(f"{net} names a file but no function in it: write {net}:function")
     else:
         raise NetworkError(f"unknown network {net!r}: give {FORMS}")
-    if weights is not None:
-        load_weights(model, weights)
-    return Network(model.eval(), task, name)
+    if weights_key is not None and weights is None:
+        raise WeightsError(f"the key {weights_key!r} names a part of a file of weights, but no file is given: add --weights FILE")
+    taken_off, model = wrappers(model), unwrapped(model)
+    loaded = None if weights is None else load_weights(model, weights, weights_key)
+    return Network(model.eval(), task, name, loaded, tuple(taken_off), assumed)
 
 
 def task_with(
@@ -93,45 +118,6 @@ def task_with(
         classes=task.classes if classes is None else classes,
         resize=task.resize if resize is None else resize,
     )
-
-
-def check_network(model: nn.Module, task: Task) -> None:
-    """Refuse a network that cannot be quantized sensibly, after one run on an input of zeros.
-
-    Raises:
-        NetworkError: no parameters, or some without values; NaN, infinity or a negative variance among them;
-            a forward pass that fails on ``task.shape``; an answer that is not finite or has another number of classes than the task.
-    """
-    if next(model.parameters(), None) is None:
-        raise NetworkError(f"{type(model).__name__} has no parameters: there is nothing to quantize")
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        _check_tensor(name, tensor)
-    first = next(model.parameters())
-    example = torch.zeros(1, *task.shape, device=first.device)
-    try:
-        with torch.no_grad():
-            result = frozen_copy(model)(example)
-    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
-        raise NetworkError(f"the network fails on an input of shape {tuple(example.shape)}: {error}; is the task's shape right?") from error
-    answer = task.answer(result)
-    if not torch.isfinite(answer).all():
-        raise NetworkError(f"the network answers NaN or infinity to an input of zeros of shape {tuple(example.shape)}")
-    classes = len(task.classes) if isinstance(task.classes, tuple) else task.classes
-    if classes is not None and answer.ndim == 2 and answer.shape[1] != classes:
-        raise NetworkError(f"the network answers with {answer.shape[1]} classes, the task names {classes}: correct the task's classes")
-
-
-def _check_tensor(name: str, tensor: Tensor) -> None:
-    if is_lazy(tensor) or tensor.is_meta:
-        raise NetworkError(f"{name} has no values yet: initialise the network (run it once) or load its weights first")
-    if not tensor.is_floating_point():
-        return
-    wrong = int((~torch.isfinite(tensor)).sum())
-    if wrong:
-        raise NetworkError(f"{name} {tuple(tensor.shape)} holds NaN or infinity ({wrong} of {tensor.numel()} values): load sound weights")
-    if name.rpartition(".")[2] == "running_var" and bool((tensor < 0).any()):
-        count, least = int((tensor < 0).sum()), float(tensor.min())
-        raise NetworkError(f"{name} has {count} negative variances, down to {least:.3g}: load sound weights")
 
 
 def _from_timm(name: str, download: bool) -> tuple[nn.Module, Task]:
@@ -190,33 +176,63 @@ def _failing_as(net: str, download: bool) -> Iterator[None]:
         raise NetworkError(f"no weights of {net} could be downloaded: {error}; get them elsewhere and give --weights FILE") from error
 
 
-def _from_file(path: Path, name: str) -> tuple[nn.Module, Task]:
+def _from_file(path: Path, name: str) -> tuple[nn.Module, Task, tuple[str, ...]]:
+    """The network, its task, and the fields of the task that are assumed."""
     if not path.is_file():
         raise NetworkError(f"no file {path}: expected a Python file with a function {name}")
-    folder = str(path.resolve().parent)
-    sys.path.insert(0, folder)  # so that it may import its neighbours, as when it is run
-    try:
+    with _importable(path.resolve().parent):
         function = _function(path, name)
-        made = function()
-    finally:
-        sys.path.remove(folder)
+        try:
+            made = function()
+        except DatafreeError:
+            raise
+        except USER_ERRORS as error:
+            raise NetworkError(f"{path}: {name}() fails: {described_error(error)}") from error
+    if isinstance(made, torch.export.ExportedProgram):
+        raise NetworkError(f"{path}: {name}() returned a torch.export program: give the Python network (torch.nn.Module) it was made from")
+    assumed = () if isinstance(made, tuple) and len(made) == 2 else ("shape", "mean", "std")
     model, task = made if isinstance(made, tuple) and len(made) == 2 else (made, Task())
     if not isinstance(model, nn.Module) or not isinstance(task, Task):
         raise NetworkError(f"{path}: {name}() returned {_described(made)}: expected a torch.nn.Module, or (module, datafree.Task)")
-    return model, task
+    return model, task, assumed
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Let a file in ``folder`` import its neighbours, as when it is run; those of a file loaded before, of the same name, are forgotten."""
+    known = {Path(place).resolve() for place in sys.path}
+    for module_name, module in list(sys.modules.items()):
+        found = getattr(module, "__file__", None)
+        if found is None or "." in module_name:
+            continue
+        home = Path(found).resolve().parent
+        home = home.parent if Path(found).name == "__init__.py" else home
+        neighbour = (folder / f"{module_name}.py").is_file() or (folder / module_name / "__init__.py").is_file()
+        if neighbour and home != folder and home not in known:
+            for each in [each for each in sys.modules if each == module_name or each.startswith(f"{module_name}.")]:
+                del sys.modules[each]
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
 
 
 def _function(path: Path, name: str) -> Callable[[], object]:
     """Import the file and find its function, one that needs no arguments."""
-    spec = importlib.util.spec_from_file_location(f"datafree_network_{path.stem}", path)
+    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]  # files in two folders may have one name
+    spec = importlib.util.spec_from_file_location(f"datafree_network_{path.stem}_{place}", path)
     if spec is None or spec.loader is None:
         raise NetworkError(f"{path} cannot be imported as Python")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look themselves up there
     try:
         spec.loader.exec_module(module)
-    except (ImportError, SyntaxError) as error:
-        raise NetworkError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+    except DatafreeError:
+        raise
+    except USER_ERRORS as error:
+        raise NetworkError(f"{path} cannot be imported: {described_error(error)}") from error
     found = getattr(module, name, None)
     if not callable(found) or isinstance(found, nn.Module):
         own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == spec.name and callable(value)]

@@ -103,5 +103,7 @@ def apart(generator: torch.Generator) -> Iterator[None]:
         return
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     generator.manual_seed(seed + rank())
-    yield
-    generator.manual_seed(seed + count())
+    try:
+        yield
+    finally:
+        generator.manual_seed(seed + count())

@@ -1,10 +1,8 @@
 """Which plan to take: for any method, the Pareto frontier of bytes and expected loss over the bits of all layers."""
 
 import copy
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal, final
 
 import torch
@@ -14,17 +12,17 @@ from datafree.api import student_of
 from datafree.bits.cost import packed_bytes_table
 from datafree.bits.pareto import Point, frontier
 from datafree.bits.sensitivity import distortions
+from datafree.checks import check_network
 from datafree.closed.gram import grams, output_energy
 from datafree.closed.regress import answers, distance
-from datafree.context import Ctx
+from datafree.context import Ctx, Made
 from datafree.errors import MethodError, TargetError
 from datafree.graph import swap
 from datafree.graph.flow import Flow, Layer, read
 from datafree.graph.fold import foldable
-from datafree.graph.swap import frozen_copy
+from datafree.graph.plain import teacher_of
 from datafree.graph.taps import anchored
 from datafree.method import Method, find_method
-from datafree.networks import check_network
 from datafree.plan import Plan, QSpec, Target
 from datafree.quant.insert import plan_of
 from datafree.synth.noise import Pictures, source_of
@@ -129,8 +127,9 @@ def search(
     chosen.check()
     if len(set(widths)) < 2 or target.plan is not None:
         raise TargetError(f"a search takes two widths at least and a target without a plan, not {widths} and {target.plan}")
-    check_network(model, task)
-    teacher = frozen_copy(model, ctx.device)
+    for note in check_network(model, task):
+        ctx.note(note)
+    teacher = teacher_of(model, task, ctx.device)
     flow = read(teacher, task, replace(ctx, on_event=lambda event: None))
     uniform = [replace(target, weight_bits=bits, max_bytes=None) for bits in sorted(set(widths))]
     students = _students(chosen, teacher, task, uniform, ctx)
@@ -154,17 +153,16 @@ Costs = Mapping[str, Mapping[int, int]]
 
 
 def _students(method: Method, teacher: nn.Module, task: Task, targets: list[Target], ctx: Ctx) -> dict[int, nn.Module]:
-    """The student at each width, all from the same random draws, so that pictures are optimised once; notes are told once."""
-    state = ctx.generator.get_state()
+    """The student at each width, all from the same random draws; pictures are optimised once for all of them, and notes told once."""
+    state, pictures = ctx.generator.get_state(), Made[Tensor]()
     found = {}
-    with tempfile.TemporaryDirectory(prefix="datafree-") as folder:
-        for number, target in enumerate(targets, 1):
-            generator = torch.Generator(ctx.device).manual_seed(0)
-            generator.set_state(state)
-            listen = ctx.on_event if number == 1 else lambda event: None if event.name == "note" else ctx.on_event(event)
-            own = replace(ctx, generator=generator, folder=Path(folder), on_event=listen)
-            found[target.widths[0]] = student_of(method, teacher, task, target, own)
-            ctx.progress("widths", number, len(targets))
+    for number, target in enumerate(targets, 1):
+        generator = torch.Generator(ctx.device).manual_seed(0)
+        generator.set_state(state)
+        listen = ctx.on_event if number == 1 else lambda event: None if event.name == "note" else ctx.on_event(event)
+        own = replace(ctx, generator=generator, folder=None, pictures=pictures, on_event=listen)
+        found[target.widths[0]] = student_of(method, teacher, task, target, own)
+        ctx.progress("widths", number, len(targets))
     return found
 
 
@@ -187,7 +185,7 @@ def _divergences(base: Frontier, teacher: nn.Module, task: Task, inputs: Tensor,
 
 def _distortions(flow: Flow, teacher: nn.Module, plans: Mapping[int, Plan], inputs: Tensor, cost: Costs, ctx: Ctx) -> Table:
     """The noise-to-signal ratio of each layer at each width."""
-    with anchored(teacher):
+    with anchored(teacher, flow.shared_norms):
         statistics = grams(teacher, flow, cost, inputs, ctx.generator)
 
     def energy(name: str, weight: Tensor) -> Tensor:

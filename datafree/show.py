@@ -12,14 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from torch import nn
 
-from datafree.api import Result, strict_json
 from datafree.bits.cost import float_bytes
 from datafree.context import Event
 from datafree.graph.chains import pairs, roles
 from datafree.graph.flow import Flow
 from datafree.measure.accuracy import Accuracy, Comparison
 from datafree.method import Method, choices
-from datafree.report.content import estimate_text
+from datafree.report.content import estimate_text, fidelity_text
+from datafree.result import Result, strict_json
 
 NOTE_LENGTH = 300  # a note may name every layer of the network: run.json holds it in full
 _COLUMN = 30  # characters that a run needs beside others
@@ -156,16 +156,19 @@ def run_rows(name: str, result: Result, method: Method) -> Rows:
     yield "protocol", str(run["protocol"])
     yield "size", f"{number(run, 'float_bytes'):,} -> {number(run, 'packed_bytes'):,} bytes packed, {ratio(run)} smaller"
     yield "time", f"{number(run, 'seconds'):.2f} s"
-    yield "fidelity on noise", _fidelity(run["fidelity"])
+    fidelity = run["fidelity"]
+    assert isinstance(fidelity, dict)
+    yield "fidelity on noise", f"{fidelity_text(fidelity)}, {fidelity['n']} inputs"
     yield "estimated top-1 drop", estimate_text(run.get("estimate"))
 
 
 def note_rows(result: Result) -> Rows:
-    """What the method noted on the way, each note shortened."""
+    """What the method noted on the way, long notes shortened; those that say what stays in float are whole."""
     notes = result.run["notes"]
     assert isinstance(notes, list)
     for note in notes:
-        yield "note", note if len(note) <= NOTE_LENGTH else f"{note[:NOTE_LENGTH]} ... (in full in run.json)"
+        whole = len(note) <= NOTE_LENGTH or "float" in note
+        yield "note", note if whole else f"{note[:NOTE_LENGTH]} ... (in full in run.json)"
 
 
 def accuracy_rows(comparison: Comparison) -> Rows:
@@ -306,11 +309,3 @@ def _bits(result: Result) -> str:
         activations = sorted({spec.bits for spec in result.plan.activations.values()})
         return f"as the plan says (layers: {layers}), activations {'/'.join(map(str, activations)) or 'float'}"
     return f"weights {_widths(result)} (layers: {layers}), activations {target['act_bits'] or 'float'}"
-
-
-def _fidelity(measured: object) -> str:
-    assert isinstance(measured, dict)
-    agreement, kl, sqnr = measured["agreement"], measured["kl"], measured["sqnr"]
-    told = [] if agreement is None else [f"same class {agreement:.1f} %"]
-    told += [] if kl is None else [f"KL {kl:.3g} nats"]
-    return ", ".join([*told, f"SQNR {sqnr:.1f} dB", f"{measured['n']} inputs"])

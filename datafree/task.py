@@ -1,12 +1,12 @@
 """What the network is for: the shape and range of its inputs, its classes, how to call it and where its answer is."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from datafree.errors import NetworkError
+from datafree.outputs import answer_of
 
 # Mean and standard deviation of the pixels of photographs, black is 0 and white is 1.
 PHOTOGRAPHS = (0.45, 0.25)
@@ -23,7 +23,8 @@ class Task:
         std: per channel, divides what is left.
         classes: names of the classes, or how many; None if unknown.
         resize: pictures are resized to this short side before the centre is cropped to ``shape``; None: to ``shape``'s own.
-        output: which part of the network's return value is the answer, where it returns a tuple or a mapping.
+        output: which part of the network's return value is the answer, where it returns several: the
+            position in a tuple or list, the key of a mapping, the field of a dataclass; see ``datafree.outputs``.
     """
 
     shape: tuple[int, ...] = (3, 224, 224)
@@ -95,19 +96,8 @@ class Task:
         return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, *(1 for _ in self.shape[1:]))
 
     def answer(self, result: object) -> Tensor:
-        """Pick the answer out of what the network returned."""
-        if self.output is not None:
-            if not isinstance(result, (tuple, list, Mapping)):
-                raise NetworkError(f"Task.output is {self.output!r}, but the network returned a {type(result).__name__}: leave it out")
-            try:
-                result = result[self.output]  # type: ignore[index]
-            except (KeyError, IndexError, TypeError) as error:
-                raise NetworkError(f"the network's answer has no part {self.output!r}: {error}") from error
-        elif isinstance(result, (tuple, list)) and len(result) == 1:
-            result = result[0]
-        if not isinstance(result, Tensor):
-            raise NetworkError(f"the network returned a {type(result).__name__}, not a tensor: name its part with Task.output")
-        return result
+        """Pick the answer out of what the network returned, see :func:`datafree.outputs.answer_of`."""
+        return answer_of(result, self.output)
 
 
 def _paired(*values: tuple[float, ...]) -> list[tuple[float, ...]]:

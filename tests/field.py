@@ -63,9 +63,9 @@ def realistic_sqnr(model: nn.Module, student: nn.Module, task: Task, n: int = 16
     return sqnr(task.run(model, inputs.clone()), task.run(student, inputs.clone()))
 
 
-def reference_sqnr(model: nn.Module, task: Task, target: datafree.Target | None = None) -> float:
-    """The SQNR of rounding to nearest with activation ranges seen on realistic pixels (others than it is measured on)."""
+def reference_sqnr(model: nn.Module, task: Task, target: datafree.Target | None = None, n: int = 8) -> float:
+    """The SQNR of rounding to nearest with activation ranges seen on ``2 n`` realistic inputs (others than it is measured on)."""
     target = datafree.Target(weight_bits=8, act_bits=8) if target is None else target
     student = datafree.quantize(model, task, method="rtn", target=target).student
-    observe(student, [task.normalise(pixels(8, task.shape, seed=seed)) for seed in (11, 12)], "mse", task.run)
+    observe(student, [task.normalise(pixels(n, task.shape, seed=seed)) for seed in (11, 12)], "mse", task.run)
     return realistic_sqnr(model, student, task)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 CODE_FOLDERS = ("datafree", "tests", "tests_zoo", "benchmarks", "examples")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
-BASE = ("errors", "plan", "context", "task", "method", "fit", "parallel")
+BASE = ("errors", "outputs", "user_code", "plan", "context", "task", "method", "fit", "parallel")
 CHAIN = ("graph", "quant", "closed", "bits", "synth", "tune", "methods")  # each may import those before it
 BESIDE = ("export", "measure", "report")  # these import graph, quant and each other in this order
 MAY_IMPORT: dict[str, set[str]] = {
@@ -19,16 +19,35 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{name: {*BASE, *CHAIN[: i + 1]} for i, name in enumerate(CHAIN)},
     **{name: {*BASE, "graph", "quant", *BESIDE[: i + 1]} for i, name in enumerate(BESIDE)},
     **dict.fromkeys(("networks", "zoo"), {*BASE, "graph", "quant", *BESIDE, "networks", "zoo"}),
-    "api": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "__init__"},  # the package itself, for its version
-    "show": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "api", "__init__"},
-    "planning": {*BASE, *CHAIN, *BESIDE, "networks", "api"},
+    "checks": {*BASE, "graph", "quant", "bits"},
+    "input_check": {*BASE, *CHAIN},
+    "result": {*BASE, "graph", "quant", *BESIDE},
+    "api": {*BASE, *CHAIN, *BESIDE, "networks", "checks", "input_check", "result", "zoo", "__init__"},  # for its version
+    "show": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "result", "__init__"},
+    "planning": {*BASE, *CHAIN, *BESIDE, "networks", "checks", "api"},
     "cli_flags": {*BASE, "networks"},
-    "cli_export": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "api", "show", "__init__"},
-    "cli_search": {*BASE, *CHAIN, *BESIDE, "networks", "api", "show", "planning", "cli_flags"},
-    "cli_report": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "api", "show", "cli_export", "__init__"},
-    "cli": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "api", "show", "cli_flags", "cli_export", "cli_report", "cli_search", "__init__"},
+    "cli_export": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "api", "result", "show", "__init__"},
+    "cli_search": {*BASE, *CHAIN, *BESIDE, "networks", "result", "show", "planning", "cli_flags"},
+    "cli_report": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "result", "show", "cli_export", "__init__"},
+    "cli": {
+        *BASE,
+        *CHAIN,
+        *BESIDE,
+        "networks",
+        "checks",
+        "zoo",
+        "api",
+        "input_check",
+        "result",
+        "show",
+        "cli_flags",
+        "cli_export",
+        "cli_report",
+        "cli_search",
+        "__init__",
+    },
     "__main__": {"cli"},
-    "__init__": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "api", "planning"},
+    "__init__": {*BASE, *CHAIN, *BESIDE, "networks", "zoo", "api", "result", "planning"},
 }
 
 EXCEPTIONS = (("datafree/bits/cost.py", "export"),)  # it counts the bytes that packing takes

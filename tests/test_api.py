@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import datafree
 from datafree import Event, Method, Result, Target, Task
-from datafree.api import strict_json
 from datafree.errors import DataError, MethodError, NetworkError, OutputError, TargetError, WeightsError
 from datafree.method import find_method
 from datafree.quant.insert import plan_of
+from datafree.result import strict_json
 from networks import build
 
 FILES = ["plan.json", "run.json", "student.safetensors"]

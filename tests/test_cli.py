@@ -107,7 +107,8 @@ def test_default_folders_are_fresh(capsys: Output, own: str) -> None:
     assert folders == [f"runs/net-rtn-w2-6-afloat-deploy{end}" for end in ("", "-2", "-3")]
 
 
-def test_summary_has_as_many_lines_for_many_layers(capsys: Output, own: str) -> None:
+def test_summary_has_as_many_lines_for_many_layers(capsys: Output, monkeypatch: pytest.MonkeyPatch, own: str) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")  # no line is folded
     lines = [len(told(capsys, "quantize", net, "--out", f"out{index}").splitlines()) for index, net in enumerate((own, "digits"))]
     assert lines[0] >= lines[1]  # the small network has a note on its missing norms, if anything
 
@@ -209,7 +210,7 @@ def test_evaluate_is_what_quantize_recorded(capsys: Output) -> None:
     run = as_json(capsys, "quantize", "digits", "--data", "digits", "--out", "run")
     report = as_json(capsys, "evaluate", "digits", "--student", "run")
     assert isinstance(run["accuracy"], dict)
-    assert {"network": "digits", **run["accuracy"]} == report
+    assert {"network": "digits", **run["accuracy"], "notes": []} == report
     assert "only quantized" in told(capsys, "evaluate", "digits", "--student", "run")
 
 

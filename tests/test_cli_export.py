@@ -1,6 +1,7 @@
 """The commands around exported files, as a user types them."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -47,13 +48,22 @@ def test_what_came_of_it_stays_with_the_run(run: Path) -> None:
     assert isinstance(found, dict) and found["layers"] == found["integer_layers"] == 16 and found["latency_ms"] > 0
 
 
+def test_every_file_keeps_its_verification(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("verification.json"))
+    shutil.copy(folder / "model.onnx", folder / "other.onnx")
+    for name in ("model.onnx", "other.onnx", "model.onnx"):
+        assert cli.main(["verify", str(folder / name), "--against", str(folder), "--allow-fallback"]) == 0
+    assert list(open_folder(folder).verifications) == ["other.onnx", "model.onnx"]  # the latest last
+
+
 def test_openvino(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install 'datafree[openvino]'")
     assert cli.main(["export", str(run), "--to", "openvino", "--allow-fallback", "--threads", "1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     weights = (run / "model.bin").stat().st_size
     assert found["file"] == "model.xml" and found["file_bytes"] == (run / "model.xml").stat().st_size + weights
-    assert weights < found["packed_bytes"] and found["fell_back"] == [] and found["runtime"].startswith("openvino")
+    assert weights < found["packed_bytes"] and found["fell_back"] == {} and found["runtime"].startswith("openvino")
     assert found["code_difference"] <= 1 and found["same_top1"] == 100 and found["layers"] == len(found["kernels"]) == 16
     packed = str(run / "openvino.onnx")
     command = ["export", str(run), "--packing", "openvino-onnx", "--out", packed, "--allow-fallback", "--fastest"]
@@ -117,3 +127,22 @@ def test_a_damaged_record_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "run.json").write_text("{}")
     assert cli.main(["export", str(tmp_path)]) == 2
     assert "damaged" in capsys.readouterr().err
+
+
+def test_code_that_only_the_folder_names_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run may come from a stranger, whose run.json names a file of code."""
+    net, folder = tmp_path / "own.py", tmp_path / "run"
+    net.write_text(
+        "from pathlib import Path\nfrom torch import nn\nfrom datafree import Task\n"
+        "def net():\n    Path(__file__).with_name('ran').touch()\n    return nn.Sequential(nn.Linear(4, 3)), Task(shape=(4,))\n"
+    )
+    source = f"{net}:net"
+    assert cli.main(["quantize", source, "--method", "rtn", "--weight-bits", "8", "--out", str(folder)]) == 0
+    (tmp_path / "ran").unlink()
+    capsys.readouterr()
+    file = str(tmp_path / "model.onnx")
+    for command in (["export", str(folder)], ["verify", file, "--against", str(folder)]):
+        assert cli.main(command) == 2
+        assert " ".join(("datafree", *command, "--net", source)) in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+    assert cli.main(["export", str(folder), "--to", "safetensors", "--net", source]) == 0 and (tmp_path / "ran").exists()

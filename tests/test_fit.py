@@ -3,6 +3,9 @@
 import dataclasses
 import math
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from torch import Tensor
 from datafree import fit as module_under_test
 from datafree.context import Ctx, Event
 from datafree.errors import MethodError, OutputError
-from datafree.fit import Clock, FirstOf, duration, fit, in_turn, resumable, stalled
+from datafree.fit import Clock, FirstOf, Stalled, duration, fit, in_turn, resumable
 
 STEPS, EVERY = 12, 5
 
@@ -126,7 +129,7 @@ def test_the_time_left_is_that_until_a_stop_by_time(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(module_under_test.time, "monotonic", lambda: next(clock))
     events: list[Event] = []
     x = torch.ones(1, requires_grad=True)
-    stop = FirstOf((stalled(), Clock(100.0)))
+    stop = FirstOf((Stalled(), Clock(100.0)))
     losses = fit(
         [x], lambda: x.square().sum(), 1000, torch.optim.SGD([x], lr=0.1), Ctx.create(0, on_event=events.append), "descend", stop=stop
     )
@@ -165,7 +168,7 @@ def test_fits_in_turn_share_the_time_that_is_left(monkeypatch: pytest.MonkeyPatc
 def test_stops_by_its_own_criterion(tmp_path: Path) -> None:
     def descend(ctx: Ctx) -> list[float]:
         x = torch.ones(1, requires_grad=True)
-        return fit([x], lambda: x.square().sum() + 1, 500, torch.optim.SGD([x], lr=0.1), ctx, "descend", stop=stalled(10, 0.01))
+        return fit([x], lambda: x.square().sum() + 1, 500, torch.optim.SGD([x], lr=0.1), ctx, "descend", stop=Stalled(10, 0.01))
 
     losses = descend(context(tmp_path))
     assert 20 <= len(losses) < 60 and losses[-1] < 1.01
@@ -173,7 +176,7 @@ def test_stops_by_its_own_criterion(tmp_path: Path) -> None:
 
 
 def test_stalled_compares_two_windows() -> None:
-    stop = stalled(3, 0.1)
+    stop = Stalled(3, 0.1)
     assert not stop([5, 5, 5, 5, 5]) and stop([5, 5, 5, 5, 5, 5]) and stop([9, 9, 9, 5, 5, 5, 4.6, 4.6, 4.6])
     assert not stop([5, 5, 5, 4.4, 4.4, 4.4]) and stop([-5, -5, -5, -5.1, -5.1, -5.1]) and not stop([-5, -5, -5, -6, -6, -6])
 
@@ -260,9 +263,77 @@ def test_a_folder_of_checkpoints_keeps_what_else_is_in_it(tmp_path: Path) -> Non
     assert [each.name for each in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
+def cut(place: Path) -> None:
+    place.write_bytes(place.read_bytes()[:500])
+
+
+def lacking(*keys: str) -> Callable[[Path], None]:
+    """Takes a part out of the state that a checkpoint holds."""
+
+    def spoil(place: Path) -> None:
+        state = torch.load(place, weights_only=True)
+        inner = state
+        for key in keys[:-1]:
+            inner = inner[key]
+        del inner[keys[-1]]
+        torch.save(state, place)
+
+    return spoil
+
+
+def other_shape(place: Path) -> None:
+    state = torch.load(place, weights_only=True)
+    torch.save({**state, "params": [torch.zeros(7)]}, place)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    (
+        cut,
+        *(lacking(key) for key in ("params", "optimizer", "schedule", "generators", "losses")),
+        lacking("optimizer", "param_groups"),
+        lambda place: torch.save([1, 2], place),
+        lambda place: torch.save({"losses": [], "generators": []}, place),
+        other_shape,
+    ),
+)
+def test_a_damaged_checkpoint_is_told(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
     run(context(tmp_path))
     (place,) = tmp_path.iterdir()
-    place.write_bytes(place.read_bytes()[:500])
+    spoil(place)
     with pytest.raises(OutputError, match="is damaged: remove it, and the run starts anew"):
         run(context(tmp_path))
+
+
+def descended(ctx: Ctx, aim: float) -> float:
+    """Where a step towards ``aim`` leads from 0: the parameter, the optimizer and the random state say nothing of the aim."""
+    x = torch.zeros(1, requires_grad=True)
+    fit([x], lambda: (x - aim).square().sum(), 1, torch.optim.SGD([x], lr=0.5), ctx, "descend")
+    return x.item()
+
+
+def test_fits_of_one_run_that_differ_in_their_loss_alone_do_not_meet(tmp_path: Path) -> None:
+    for _ in range(2):  # and each is found again when the run is repeated
+        with resumable(context(), tmp_path / "run", "a run") as ctx:
+            assert (descended(ctx, 1.0), descended(ctx, 2.0)) == (1.0, 2.0)
+
+
+def test_runs_in_one_folder_do_not_meet_whatever_they_differ_in(tmp_path: Path) -> None:
+    base = context(tmp_path)
+    one, other = (dataclasses.replace(base, identity=each, stages=count()) for each in ("2 bits", "8 bits"))
+    assert (descended(one, 1.0), descended(other, 2.0)) == (1.0, 2.0)
+    again = dataclasses.replace(base, identity="2 bits", stages=count())
+    assert descended(again, 9.0) == 1.0, "the same run did not find its checkpoint"
+
+
+@pytest.mark.parametrize(("mixed", "device", "expected"), ((True, "cuda", True), (False, "cuda", False), (True, "cpu", False)))
+def test_mixed_precision_can_be_switched_off(mixed: bool, device: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def autocast(kind: str, dtype: torch.dtype, enabled: bool) -> AbstractContextManager[None]:
+        seen.append(enabled)
+        return nullcontext()
+
+    monkeypatch.setattr(torch, "autocast", autocast)
+    descended(dataclasses.replace(Ctx.create(0), device=torch.device(device), mixed_precision=mixed), 1.0)
+    assert seen == [expected]

@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from datafree.checks import check_network
+from datafree.cli_flags import NetworkFlags, open_network
 from datafree.errors import MissingExtraError, NetworkError, WeightsError
-from datafree.networks import Network, check_network, load_network, task_with
+from datafree.networks import Network, load_network, task_with
 from datafree.task import Task
 
 SMALL = Task(shape=(3, 8, 8), classes=5)
@@ -130,8 +132,9 @@ def test_function_that_gives_no_network_is_refused(own: Path, function: str, mes
         load_network(f"{own}:{function}")
 
 
-def test_mistake_inside_the_function_comes_through(own: Path) -> None:
-    with pytest.raises(TypeError, match="my own mistake"):
+def test_mistake_inside_the_function_is_reported_with_its_line(own: Path) -> None:
+    line = OWN.splitlines().index('    raise TypeError("my own mistake")') + 1
+    with pytest.raises(NetworkError, match=rf"broken\(\) fails: TypeError: my own mistake \({own}, line {line}, in broken\)"):
         load_network(f"{own}:broken")
 
 
@@ -306,9 +309,64 @@ def overflowing() -> nn.Module:
         (lambda: small().eval(), Task(shape=(1, 8, 8)), r"the network fails on an input of shape \(1, 1, 8, 8\): .*task's shape right\?"),
         (lambda: small().eval(), task_with(SMALL, classes=10), "answers with 5 classes, the task names 10"),
         (lambda: small().eval(), task_with(SMALL, classes=("a", "b")), "answers with 5 classes, the task names 2"),
-        (overflowing, SMALL, "answers NaN or infinity to an input of zeros"),
+        (overflowing, SMALL, "answers NaN or infinity to pixels drawn at random"),
     ],
 )
 def test_unsound_network_is_refused(make: Callable[[], nn.Module], task: Task, message: str) -> None:
     with pytest.raises(NetworkError, match=message):
         check_network(make(), task)
+
+
+# ---------------------------------------------------------------- files of code
+
+
+def test_files_of_one_name_in_two_folders_keep_their_own_neighbours(tmp_path: Path) -> None:
+    text = (
+        "from torch import nn\nfrom same_neighbour_in_two_folders import WIDTH\n\n"
+        "class Net(nn.Linear):\n    def __init__(self):\n        super().__init__(4, WIDTH)\n"
+    )
+    for folder, width in (("one", 2), ("two", 3)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "net.py").write_text(text)
+        (tmp_path / folder / "same_neighbour_in_two_folders.py").write_text(f"WIDTH = {width}\n")
+    one, two, again = (load_network(f"{tmp_path / folder}/net.py:Net").model for folder in ("one", "two", "one"))
+    assert [each.out_features for each in (one, two, again)] == [2, 3, 2]
+    assert type(one).__module__ != type(two).__module__
+    for model in (one, two):
+        assert sys.modules[type(model).__module__].WIDTH == model.out_features
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return torch.load('absent.pth')", r"net\(\) fails: FileNotFoundError: .*absent.pth.* \(.*net.py, line 3, in net\)"),
+        ("return {}['absent']", r"net\(\) fails: KeyError: 'absent' \(.*net.py, line 3, in net\)"),
+        ("import json; return json.loads('no JSON')", r"net\(\) fails: JSONDecodeError: .* \(.*net.py, line 3, in net\)"),
+        ("raise SystemExit(2)", r"net\(\) fails: SystemExit: 2 \(.*line 3"),
+        ("return torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),))", "returned a torch.export program: give the Python"),
+    ],
+)
+def test_a_function_that_fails_is_reported_with_its_line(body: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(f"import torch\ndef net():\n    {body}\n")
+    with pytest.raises(NetworkError, match=message):
+        load_network(f"{tmp_path}/net.py:net")
+
+
+def test_wrappers_are_taken_off_and_noted(tmp_path: Path) -> None:
+    code = ("from torch import nn", "from datafree import Task", "def net(): return nn.DataParallel(nn.Linear(4, 2)), Task(shape=(4,))")
+    (tmp_path / "net.py").write_text("\n".join(code))
+    weights = saved(nn.Linear(4, 2), tmp_path)
+    found = load_network(f"{tmp_path}/net.py:net", weights)
+    assert isinstance(found.model, nn.Linear) and found.notes == ("DataParallel around the network is taken off",)
+
+
+def test_a_missing_task_is_told_with_what_was_assumed(tmp_path: Path) -> None:
+    (tmp_path / "bare.py").write_text(
+        "from torch import nn\ndef net(): return nn.Conv2d(3, 4, 3)\ndef both():\n    from datafree import Task\n    return net(), Task()\n"
+    )
+    (note,) = load_network(f"{tmp_path / 'bare.py'}:net").notes
+    assert "returned no Task: shape (3, 224, 224), mean (0.0,), std (1.0,) were assumed" in note and "--mean" in note
+    assert load_network(f"{tmp_path / 'bare.py'}:both").notes == ()
+    flags = NetworkFlags(input_shape=(3, 32, 32), mean=(0.5,))
+    (note,) = open_network(f"{tmp_path / 'bare.py'}:net", flags).notes
+    assert "returned no Task: std (1.0,) were assumed" in note

@@ -78,6 +78,19 @@ def test_the_command_writes_and_prints_once(both: tuple[Found, Found], launched:
     assert json.loads((folder / "run" / "run.json").read_text())["processes"] == 2
 
 
+def test_after_an_error_the_processes_draw_alike_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = []
+    for rank in (0, 1):
+        monkeypatch.setattr(parallel, "count", lambda: 2)
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        random = torch.Generator().manual_seed(0)
+        with pytest.raises(KeyError), parallel.apart(random):
+            torch.rand(1 + rank, generator=random)
+            raise KeyError
+        states.append(random.get_state())
+    assert torch.equal(*states)
+
+
 def test_alone_nothing_is_changed() -> None:
     x, random = torch.ones(2, requires_grad=True), torch.Generator().manual_seed(0)
     x.grad = torch.tensor([1.0, 2.0])

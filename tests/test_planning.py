@@ -15,7 +15,7 @@ import datafree
 from datafree import Ctx, LayerPlan, Plan, QSpec, Target, planning
 from datafree.bits.cost import packed_bytes, plan_bytes
 from datafree.errors import MethodError, TargetError
-from datafree.planning import Frontier, search
+from datafree.planning import search
 from datafree.quant.insert import plan_of
 from datafree.synth.noise import source_of
 from datafree.synth.source import Source
@@ -113,12 +113,38 @@ def test_a_point_for_a_bound() -> None:
         found.losing(0)
 
 
-def test_pictures_are_optimised_once_and_notes_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[datafree.Event] = []
-    method = datafree.methods()["zeroq"](steps=10, pictures=2)
+def numbers(student: nn.Module) -> dict[str, Tensor]:
+    return {name: each for name, each in student.state_dict().items() if isinstance(each, Tensor)}
+
+
+def assert_each_width_is_made_for_itself(method: datafree.Method, events: list[datafree.Event]) -> None:
+    """Every student of a search is the one that the same method makes of the same network at that width alone."""
     model, task = build("cifar_resnet")
-    found: Frontier = search(model, task, Ctx.create(on_event=events.append), method=method, target=PAPER, widths=WIDTHS, by="closed")
-    assert sum(event.name.startswith("pictures") for event in events) == 10 and found.points
+    target = Target(act_bits=8)
+    found = search(model, task, Ctx.create(on_event=events.append), method=method, target=target, widths=(2, 8), by="closed")
+    for bits in (2, 8):
+        alone = datafree.quantize(model, task, method=method, target=replace(target, weight_bits=bits)).student
+        expected, student = numbers(alone), numbers(found.students[bits])
+        assert expected.keys() == student.keys()
+        assert [name for name in expected if not torch.equal(expected[name], student[name])] == [], f"{bits} bits"
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    (
+        ("gdfq", {"budget": "smoke", "warm_up": 2, "steps": 3, "batch": 8}),
+        ("hast", {"budget": "smoke", "pictures": 8, "picture_steps": 3, "steps": 3, "batch": 8}),
+        ("genie", {"budget": "smoke", "pictures": 4, "picture_steps": 3, "steps": 3}),
+    ),
+)
+def test_a_search_trains_each_width_for_itself(name: str, fields: dict[str, object]) -> None:
+    assert_each_width_is_made_for_itself(datafree.methods()[name](**fields), [])
+
+
+def test_pictures_are_optimised_once_for_all_widths() -> None:
+    events: list[datafree.Event] = []
+    assert_each_width_is_made_for_itself(datafree.methods()["zeroq"](steps=10, pictures=2), events)
+    assert sum(event.name.startswith("pictures") for event in events) == 10
     assert not any("resumed" in event.message for event in events)
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from datafree.checks import check_network
 from datafree.measure.accuracy import Accuracy, evaluate
 from datafree.measure.data import open_data
-from datafree.networks import check_network, load_network
+from datafree.networks import load_network
 
 ZOO = Path(__file__).parents[1] / "benchmarks" / "zoo"
 

@@ -1,10 +1,14 @@
 """The task: what it refuses, how it normalises, where it finds the answer."""
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from datafree.errors import NetworkError
+from datafree.outputs import named_outputs
 from datafree.task import Task
 
 REFUSED: tuple[tuple[dict[str, object], str], ...] = (
@@ -53,32 +57,106 @@ class Answers(nn.Module):
 LOGITS = torch.arange(4.0)
 
 
+@dataclass
+class Found:
+    """As detectors return it."""
+
+    logits: Tensor
+    boxes: Tensor | None = None
+
+
+class Pair(NamedTuple):
+    boxes: Tensor
+    logits: Tensor
+
+
+OTHER = torch.zeros(1)
+
+
 @pytest.mark.parametrize(
     ("result", "output"),
     [
         (LOGITS, None),
         ((LOGITS,), None),
         ([LOGITS], None),
-        ((torch.zeros(1), LOGITS), 1),
-        ({"logits": LOGITS, "loss": torch.zeros(1)}, "logits"),
+        ({"logits": LOGITS}, None),
+        (Found(LOGITS), None),
+        ((OTHER, LOGITS), 1),
+        ((OTHER, LOGITS), -1),
+        ({"logits": LOGITS, "loss": OTHER}, "logits"),
+        ({0: OTHER, 1: LOGITS}, 1),
+        (Found(LOGITS, OTHER), "logits"),
+        (Pair(OTHER, LOGITS), "logits"),
+        (Pair(OTHER, LOGITS), 1),
+        (({"a": LOGITS}, OTHER), 0),
+        ({"maps": [OTHER, LOGITS]}, "maps_1"),
+        ([{"logits": LOGITS[:2]}, {"logits": LOGITS[2:]}], None),
+        ([{"logits": LOGITS[:2], "b": OTHER}, {"logits": LOGITS[2:], "b": LOGITS}], "logits"),
+        ([Found(LOGITS[:2], OTHER), Found(LOGITS[2:], OTHER)], "logits"),
     ],
 )
 def test_the_answer_is_found(result: object, output: int | str | None) -> None:
-    assert torch.equal(Task(output=output).run(Answers(result), LOGITS), LOGITS)
+    found = Task(output=output).run(Answers(result), LOGITS)
+    assert torch.equal(found.flatten(), LOGITS)
+    assert next(iter(named_outputs(result, output).values())).equal(found)  # exported files have the same answer, as their first output
 
 
 @pytest.mark.parametrize(
     ("result", "output", "message"),
     [
         (LOGITS, 0, "Task.output is 0, but the network returned a Tensor: leave it out"),
-        ((LOGITS, LOGITS), None, "the network returned a tuple, not a tensor: name its part with Task.output"),
-        ({"logits": LOGITS}, None, "the network returned a dict, not a tensor: name its part with Task.output"),
-        ({"logits": LOGITS}, "boxes", "the network's answer has no part 'boxes': 'boxes'"),
-        ((LOGITS,), 3, "the network's answer has no part 3: tuple index out of range"),
-        (({"a": LOGITS}, LOGITS), 0, "the network returned a dict, not a tensor: name its part with Task.output"),
+        (
+            (LOGITS, OTHER),
+            None,
+            "the network returned output_0 (4,), output_1 (1,): choose the answer with Task.output, a position from 0 to 1",
+        ),
+        (
+            Found(LOGITS, OTHER),
+            None,
+            "the network returned logits (4,), boxes (1,): choose the answer with Task.output, one of 'logits', 'boxes'",
+        ),
+        (
+            Found(LOGITS, OTHER),
+            0,
+            "the network returned logits (4,), boxes (1,): Task.output 0 is none of its parts; choose one of 'logits', 'boxes'",
+        ),
+        ({"logits": LOGITS}, "boxes", "the network returned logits (4,): Task.output 'boxes' is none of its parts; choose one of 'logits'"),
+        ((LOGITS,), 3, "the network returned output_0 (4,): Task.output 3 is none of its parts; choose a position from 0 to 0"),
+        (
+            {"maps": [OTHER, LOGITS]},
+            "maps",
+            "the network returned maps_0 (1,), maps_1 (4,): Task.output 'maps' holds 2 tensors; choose one of 'maps_0', 'maps_1'",
+        ),
+        (None, None, "the network returned a NoneType without a tensor: let its forward return its answer"),
+        (
+            {"a": [LOGITS], "a_0": OTHER},
+            "a",
+            "two parts of what the network returned are called 'a_0': rename one",
+        ),
     ],
 )
-def test_an_answer_that_is_not_there_is_told(result: object, output: int | str | None, message: str) -> None:
+def test_an_answer_that_is_not_there_is_reported(result: object, output: int | str | None, message: str) -> None:
     with pytest.raises(NetworkError) as caught:
         Task(output=output).run(Answers(result), LOGITS)
     assert str(caught.value) == message
+
+
+def test_boxes_that_differ_in_number_are_no_answer() -> None:
+    """As those of a detector that throws away most of what it finds."""
+    with pytest.raises(NetworkError, match=r"boxes_0 \(3, 4\), boxes_1 \(5, 4\).*a different shape for each input"):
+        Task(output="boxes").answer([{"boxes": torch.zeros(n, 4)} for n in (3, 5)])
+
+
+@pytest.mark.parametrize(
+    ("result", "output", "names"),
+    [
+        (LOGITS, None, ["output"]),
+        ((OTHER, LOGITS, OTHER.clone()), 1, ["output", "output_0", "output_2"]),
+        ({"boxes": OTHER, "logits": LOGITS}, "logits", ["logits", "boxes"]),
+        (Found(LOGITS, OTHER), "boxes", ["boxes", "logits"]),
+        ((LOGITS, [OTHER, {"a": OTHER.clone()}], 3), 0, ["output", "output_1_0", "output_1_1_a"]),
+        ({"logits": LOGITS, "maps": (OTHER, OTHER.clone()), "loss": None}, "logits", ["logits", "maps_0", "maps_1"]),
+    ],
+)
+def test_outputs_are_named(result: object, output: int | str | None, names: list[str]) -> None:
+    assert list(named_outputs(result, output)) == names

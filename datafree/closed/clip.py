@@ -15,6 +15,7 @@ from torch import Tensor
 from datafree.errors import NetworkError, TargetError
 from datafree.plan import WEIGHT_BITS, QSpec
 from datafree.quant.grid import has_zero_points
+from datafree.quant.precision import float64
 from datafree.quant.ranges import channel_rows, from_range
 
 Model = Literal["gauss", "laplace"]
@@ -36,10 +37,13 @@ def best_range(models: Sequence[tuple[Tensor, Tensor]], spec: QSpec) -> tuple[Te
         raise TargetError(f"{spec}: a range by expected error takes an asymmetric uniform grid with one scale for the tensor")
     for values, masses in models:
         _check(values, masses)
-    low = torch.stack([values.double().amin() for values, _ in models]).amin().clamp(max=0)
-    high = torch.stack([values.double().amax() for values, _ in models]).amax().clamp(min=0)
+    device = models[0][0].device
+    models = [(float64(values), float64(masses)) for values, masses in models]
+    low = torch.stack([values.amin() for values, _ in models]).amin().clamp(max=0)
+    high = torch.stack([values.amax() for values, _ in models]).amax().clamp(min=0)
     if low == high:
-        return from_range(low, high, spec)
+        scale, zero = from_range(low, high, spec)
+        return scale.to(device), zero.to(device)
     steps = spec.levels[1]
     scale = (high - low) / steps * torch.logspace(math.log10(_SMALLEST), 0, _SCALES, dtype=torch.float64, device=low.device)[:, None]
     zero = torch.arange(0 if high > 0 else steps, 1 + (steps if low < 0 else 0), device=low.device)
@@ -50,7 +54,7 @@ def best_range(models: Sequence[tuple[Tensor, Tensor]], spec: QSpec) -> tuple[Te
         zero = zero[((zero[:, None] - best).abs() <= _APART).any(1)]
     worst = _worst(_errors(models, scale, zero, steps))
     row, column = divmod(int(worst.argmin()), zero.numel())
-    return scale[row, 0].float(), zero[column].float()
+    return scale[row, 0].to(device, torch.float32), zero[column].to(device, torch.float32)
 
 
 def _errors(models: Sequence[tuple[Tensor, Tensor]], scale: Tensor, zero: Tensor, steps: int) -> Tensor:
@@ -69,11 +73,12 @@ def expected_error(values: Tensor, masses: Tensor, scale: Tensor, zero: Tensor, 
 
     values, masses: (n,). scale and zero broadcast to the shape of the result.
     """
-    values, order = values.double().sort()
-    sums = F.pad(torch.stack([masses.double()[order] * values**power for power in (0, 1, 2)]).cumsum(1), (1, 0))
+    values, masses, scale, zero = map(float64, (values, masses, scale, zero))
+    values, order = values.sort()
+    sums = F.pad(torch.stack([masses[order] * values**power for power in (0, 1, 2)]).cumsum(1), (1, 0))
     bottom, top = -scale * zero, scale * (steps - zero)
     under, upto = torch.searchsorted(values, top), torch.searchsorted(values, bottom, right=True)
-    at_zero = masses.double()[order][values == 0].sum() * ((zero > 0) & (zero < steps))
+    at_zero = masses[order][values == 0].sum() * ((zero > 0) & (zero < steps))
     inside = (sums[0, under] - sums[0, upto] - at_zero).clamp(min=0)
     return _beyond(sums[:, -1:, None] - sums[:, under], top) + _beyond(sums[:, upto], bottom) + scale.square() / 12 * inside
 

@@ -3,9 +3,10 @@
 Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, arXiv 1906.04721, section 4.2.
 """
 
+import torch
 from torch import Tensor
 
-from datafree.closed.moments import mean_form
+from datafree.closed.moments import mean_form, row_blocks
 
 
 def output_shift(quantized: Tensor, weight: Tensor, mean: Tensor, groups: int = 1) -> Tensor:
@@ -14,7 +15,7 @@ def output_shift(quantized: Tensor, weight: Tensor, mean: Tensor, groups: int = 
     quantized, weight: (out, in / groups, *kernel), the former with its scale; mean: means of the inputs, (in,).
     Raises NetworkError where sizes do not fit.
     """
-    return mean_form(quantized - weight, mean, groups)
+    return torch.cat([mean_form(quantized[rows] - weight[rows], mean, groups) for rows in row_blocks(weight, groups)])
 
 
 def corrected_bias(quantized: Tensor, weight: Tensor, mean: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:

@@ -22,6 +22,7 @@ from datafree.closed.moments import mean_form
 from datafree.graph.flow import Flow, Layer
 from datafree.graph.fold import BatchNorm, along_outputs, by_outputs, fold_batch_norm, foldable, norm_vectors
 from datafree.graph.tape import Node
+from datafree.quant.precision import float64
 
 RECTIFIED = frozenset(("relu", "leaky_relu", "prelu", "relu6"))
 SWEEPS = 300  # to convergence, at most
@@ -281,11 +282,11 @@ def _along_inputs(values: Tensor, layer: Layer) -> Tensor:
 
 
 def _output_ranges(model: nn.Module, layer: Layer) -> Tensor:
-    return by_outputs(_weight(model, layer.name), layer).double().abs().flatten(1).amax(1)
+    return float64(by_outputs(_weight(model, layer.name), layer)).abs().flatten(1).amax(1)
 
 
 def _input_ranges(model: nn.Module, layer: Layer) -> Tensor:
-    weight = _weight(model, layer.name).double().abs()
+    weight = float64(_weight(model, layer.name)).abs()
     if layer.kind == "conv" and layer.depthwise:
         return weight.view(layer.groups, -1).amax(1)
     return (weight if layer.kind == "conv_transpose" else weight.transpose(0, 1)).flatten(1).amax(1)

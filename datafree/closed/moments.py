@@ -14,6 +14,7 @@ from torch import Tensor
 
 from datafree.errors import NetworkError
 
+_BLOCK = 1 << 24  # values
 RHO = 0.6  # neighbouring pixels of feature maps of natural pictures correlate by 0.5 to 0.7
 _FAR = 12.0  # standard deviations beyond which a normal variable has no mass worth counting, even in float64
 _POINTS, _REACH = 113, 7.0  # nodes of the quadrature and how many standard deviations they reach
@@ -111,8 +112,17 @@ def variance_form(a: Tensor, b: Tensor, var: Tensor, rho: float = RHO) -> Tensor
     if a.shape != b.shape:
         raise NetworkError(f"the two weights differ in shape, {tuple(a.shape)} and {tuple(b.shape)}: give them alike")
     taps = tap_correlation(tuple(a.shape[2:]), rho).to(a)
-    per_channel = ((a.flatten(2) if a.dim() > 2 else a.unsqueeze(2)) @ taps * b.reshape(*b.shape[:2], -1)).sum(2)
-    return _per_group(per_channel, var, groups)
+    found = []
+    for rows in row_blocks(a, groups):
+        first, second = (each[rows].reshape(*each[rows].shape[:2], -1) for each in (a, b))
+        found.append(_per_group((first @ taps * second).sum(2), var, groups))
+    return torch.cat(found)
+
+
+def row_blocks(weight: Tensor, groups: int = 1) -> list[slice]:
+    """Outputs whose weights, 64 MB together, are worked on at a time; with groups all at once."""
+    rows = len(weight) if groups > 1 else max(1, _BLOCK * len(weight) // weight.numel())
+    return [slice(start, start + rows) for start in range(0, len(weight), rows)]
 
 
 def outputs_first(weight: Tensor, groups: int = 1) -> Tensor:

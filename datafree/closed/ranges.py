@@ -182,5 +182,5 @@ def _by_channel(moments: Moments) -> tuple[Tensor, Tensor]:
     if mean.dim() > 2:
         mean, var = (each.flatten(1).mean(1) if each.shape[0] > 1 else each for each in (mean, var))
     mean, var = mean.flatten(), var.flatten()
-    chosen = torch.linspace(0, mean.numel() - 1, min(mean.numel(), _ENTRIES), dtype=torch.float64, device=mean.device).long()
+    chosen = torch.linspace(0, mean.numel() - 1, min(mean.numel(), _ENTRIES), dtype=torch.float64).long().to(mean.device)
     return mean[chosen], var[chosen].sqrt()

@@ -12,6 +12,7 @@ from datafree.closed.moments import RHO, tap_correlation
 from datafree.errors import NetworkError
 from datafree.plan import QSpec
 from datafree.quant.grid import has_zero_points, round_
+from datafree.quant.precision import float64
 
 _BLOCK = 1 << 15  # weights worked on column by column: they stay in the cache, and are too few for torch to start threads
 _PART = 1 << 24  # weights that are rounded at a time, with several copies of them
@@ -130,8 +131,9 @@ def _shares(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
         if len(bad) == 0:
             break
         added = torch.where(diagonal == 0, mean, times * damping * mean)
-        again, failed[bad] = _factor(hessian[bad].double(), added[bad], order[bad])
-        factor[bad] = again.float()
+        exact = float64(hessian[bad])
+        again, still = _factor(exact, added[bad].to(exact), order[bad].to(exact.device))
+        factor[bad], failed[bad] = again.to(factor), still.to(failed)
     if bool(failed.any()):
         raise NetworkError(
             f"{int((failed > 0).sum())} of {len(failed)} Hessians are not positive definite, even with {_RAISES[-1]} times the damping of "

@@ -16,22 +16,34 @@ def check_folder(file: Path) -> None:
         raise OutputError(f"there is no folder {file.parent}: make it first")
 
 
-def write_whole(path: str | Path, data: bytes) -> Path:
-    """Write ``data`` under another name in the same folder first, so that no half-written file ever stands at ``path``.
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """The path of a new file in the same folder, which takes the place of ``path`` where the ``with`` ends without an error.
 
-    Raises OutputError where the folder is missing or the file cannot be written.
+    So no half-written file ever stands at ``path``. Raises OutputError where the folder is missing or the file cannot be written.
     """
     file = Path(path)
     check_folder(file)
     part = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
     try:
-        part.write_bytes(data)
+        part.touch()
+        mode = part.stat().st_mode  # as the user's umask wants it: some writers leave a file that only its owner may read
+        yield part
+        part.chmod(mode)
         os.replace(part, file)
+    except OutputError:
+        raise
     except OSError as error:
         raise OutputError(f"{file} cannot be written: {error.strerror or error}") from error
     finally:
         part.unlink(missing_ok=True)
-    return file
+
+
+def write_whole(path: str | Path, data: bytes) -> Path:
+    """Write ``data`` to ``path``, whole or not at all. Raises OutputError, see :func:`whole_file`."""
+    with whole_file(path) as part:
+        part.write_bytes(data)
+    return Path(path)
 
 
 @contextmanager
@@ -73,7 +85,13 @@ def _move_all(parts: list[Path], folder: Path) -> None:
 
 
 def size_of(path: str | Path) -> int:
-    """Bytes of an exported file; OpenVINO's have their weights in a second one."""
+    """Bytes of an exported file, with those of a second one that holds its weights: of OpenVINO's files, and of ONNX files beyond 2 GiB."""
     file = Path(path)
-    weights = file.with_suffix(".bin")
-    return file.stat().st_size + (weights.stat().st_size if file.suffix == ".xml" and weights.exists() else 0)
+    weights = file.with_suffix(".bin") if file.suffix == ".xml" else external_data(file)
+    there = weights.exists() and (file.suffix == ".xml" or weights.name.encode() in file.read_bytes())
+    return file.stat().st_size + (weights.stat().st_size if there else 0)
+
+
+def external_data(file: Path) -> Path:
+    """Where the weights of an ONNX file stand if it does not hold them itself."""
+    return file.with_name(f"{file.name}.data")

@@ -9,10 +9,13 @@ from importlib.metadata import version
 from datafree.plan import Plan
 
 
-def header(plan: Plan, float_kernels: bool, made_by: Mapping[str, object] | None = None) -> str:
-    """The text; ``made_by``: method, target, seed, hash of the source weights."""
+def header(
+    plan: Plan, float_kernels: bool, made_by: Mapping[str, object] | None = None, float_layers: Mapping[str, str] | None = None
+) -> str:
+    """The text; ``made_by``: method, target, seed, hash of the source weights; ``float_layers``: why layers compute in float."""
     packed = base64.b85encode(zlib.compress(json.dumps(plan.to_json()).encode(), 9)).decode()
-    return json.dumps({"version": version("datafree"), "float_kernels": float_kernels, **(made_by or {}), "plan": packed})
+    found = {"version": version("datafree"), "float_kernels": float_kernels, **(made_by or {}), "plan": packed}
+    return json.dumps(found if not float_layers else {**found, "float_layers": dict(float_layers)})
 
 
 def read_header(text: str) -> dict[str, object]:

@@ -1,5 +1,6 @@
 """From markers to what OpenVINO makes integer kernels of: FakeQuantize of 256 levels, and weights as products of integers and scales."""
 
+from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
@@ -7,18 +8,20 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from datafree.export.grids import Grid
-from datafree.export.integers import Array, Integers
+from datafree.export.integers import Integers
+from datafree.export.names import node_name
 from datafree.export.rewrite import (
     alive,
     array,
     biased,
-    codes_name,
+    codes_of_marker,
     drop_points,
     float_weight,
     fold_norms,
     laid_out,
     layer_of,
     marked,
+    put_behind,
     readers_of,
     replace_by,
     share_points,
@@ -46,9 +49,11 @@ def lower_openvino(
     guard(graph)
     _lower_points(graph, grids)
     common.RemoveUnusedNodesPass()(model)
+    calls: Counter[str] = Counter()
     for node in list(graph):
         if (name := layer_of(node)) is not None:
-            node.name = name
+            calls[name] += 1
+            node.name = node_name(name, calls[name])
             _add_bias(graph, node, weights[name].codes.ndim)
     found = {name: alive(weights[name]) for name, readers in readers_of(graph).items() if readers}
     for name, weight in found.items():
@@ -83,21 +88,19 @@ def guard(graph: ir.Graph) -> None:
             pen = Pen(graph, node)
             node.replace_input_with(0, pen.op("PRelu", [node.inputs[0], pen.constant(np.ones(1, np.float32), "identity")]))
         elif layer_of(node) is not None and node.outputs[0].is_graph_output() and (node.op_type == "MatMul" or not biased(node)):
-            _follow(graph, node, "PRelu", np.ones(1, np.float32))
+            put_behind(graph, node.outputs[0], "PRelu", [Pen(graph, node).constant(np.ones(1, np.float32), "identity")])
 
 
 def _lower_points(graph: ir.Graph, grids: Mapping[str, Grid]) -> None:
     """Quantizers as FakeQuantize with 256 levels, the only number with integer kernels for all grids, behind a Clip to narrower ones."""
-    calls: dict[str, int] = {}
     for node in marked(graph, "Quantized"):
         point, pen = node.attributes.get_string("point"), Pen(graph, node)
-        calls[point] = calls.get(point, 0) + 1
         value, bounded = unclamped(node.inputs[0], grids[point])
         if (bounded.low, bounded.high) != (0, 255):
             value = pen.op("Clip", [value, *(pen.constant(bounded.value(end), "end") for end in (bounded.low, bounded.high))])
         ends = [pen.constant(bounded.value(end), "end") for end in (0, 255)]
         value = pen.op("FakeQuantize", [value, *ends, *ends], {"levels": 256}, domain=OPENVINO)
-        value.name = codes_name(point, calls[point])
+        value.name = codes_of_marker(node)
         replace_by(graph, node, value)
 
 
@@ -107,16 +110,4 @@ def _add_bias(graph: ir.Graph, layer: ir.Node, rank: int) -> None:
         return
     bias = array(layer.inputs[2]).reshape([1, -1] + [1] * (rank - 2))
     layer.resize_inputs(2)
-    _follow(graph, layer, "Add", bias)
-
-
-def _follow(graph: ir.Graph, layer: ir.Node, kind: str, constant: Array) -> None:
-    """Put an operation on what the layer makes and a constant behind it."""
-    product = layer.outputs[0]
-    node = ir.node(kind, [product, Pen(graph, layer).constant(constant, f"{layer.name}.{kind}")])
-    made = node.outputs[0]
-    made.name, made.type, made.shape = product.name, product.type, product.shape
-    ir.convenience.replace_all_uses_with(product, made, replace_graph_outputs=True)
-    node.replace_input_with(0, product)
-    product.name = None
-    graph.insert_after(layer, node)
+    put_behind(graph, layer.outputs[0], "Add", [Pen(graph, layer).constant(bias, f"{layer.name}.bias")])

@@ -5,6 +5,7 @@ does once, when it loads the file. Converted straight to float it would make a f
 """
 
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +19,7 @@ from datafree.export.files import whole_files
 from datafree.export.header import header
 from datafree.export.integers import Array, Integers
 from datafree.export.lower_openvino import lower_openvino, weight_name
-from datafree.export.onnx import Prepared
+from datafree.export.onnx import Prepared, write_model
 from datafree.export.openvino_runtime import imported, reason
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 # Of each block of codes first the low bits are stored, then the high ones: (codes in a block, low bits); bits from the highest down.
 _BLOCKS = MappingProxyType({1: (8, 1), 3: (8, 2), 6: (4, 4)})
-_UNREAD = re.compile(r'\n\s*| names="[cv]\d+"')  # indents, and names of tensors that say nothing
+_UNREAD = re.compile(r'\n\s*| names="([cv]\d+)"')  # indents, and names of tensors that say nothing
 
 
 def export_openvino(prepared: Prepared, path: str | Path, made_by: Mapping[str, object] | None = None, float_kernels: bool = False) -> Path:
@@ -47,14 +48,17 @@ def export_openvino(prepared: Prepared, path: str | Path, made_by: Mapping[str, 
     if file.suffix != ".xml":
         raise ExportError(f"{file} would be no file of OpenVINO: choose a name that ends in .xml")
     model = openvino_model(prepared, float_kernels)
-    model.set_rt_info(header(prepared.plan, float_kernels, made_by), ["datafree"])
+    wide = [name for name in prepared.integer if not float_kernels and not prepared.weights[name].fits]
+    reasons = dict.fromkeys(wide, "its weights less their zero points do not fit int8")
+    model.set_rt_info(header(prepared.plan, float_kernels, made_by, reasons), ["datafree"])
     with whole_files(file) as folder:
         text = folder / file.name
         try:
             imported().serialize(model, text, text.with_suffix(".bin"))
         except RuntimeError as error:
             raise OutputError(f"{file} cannot be written: {reason(error)}") from error
-        text.write_text(_UNREAD.sub("", text.read_text("utf-8")), "utf-8")
+        outputs = {name for output in model.outputs for name in output.get_names()}
+        text.write_text(_UNREAD.sub(lambda found: found[0] if found[1] in outputs else "", text.read_text("utf-8")), "utf-8")
     return file
 
 
@@ -64,7 +68,7 @@ def openvino_model(prepared: Prepared, float_kernels: bool = False) -> "openvino
     graph = prepared.graph.clone()
     weights = lower_openvino(graph, prepared.weights, prepared.grids, float_kernels)
     try:
-        model = openvino.Core().read_model(ir.to_proto(graph).SerializeToString())
+        model = _read(graph, prepared.limit)
         inputs = {each.friendly_name: each for each in model.get_parameters()}
         for name, weight in weights.items():
             placeholder = inputs[weight_name(name)]
@@ -74,6 +78,12 @@ def openvino_model(prepared: Prepared, float_kernels: bool = False) -> "openvino
     except RuntimeError as error:
         raise ExportError(f"openvino {openvino.__version__} refuses the network: {reason(error)}; export to ONNX instead") from error
     return model
+
+
+def _read(graph: ir.Model, limit: int) -> "openvino.Model":
+    """The graph as OpenVINO reads it from a file, which may stand in two."""
+    with tempfile.TemporaryDirectory(prefix="datafree-") as folder:
+        return imported().Core().read_model(write_model(graph, Path(folder) / "model.onnx", limit), config={"ENABLE_MMAP": "NO"})
 
 
 def _stored(weight: Integers) -> "openvino.Output":

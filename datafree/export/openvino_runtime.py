@@ -13,7 +13,7 @@ import numpy as np
 from datafree.errors import ExportError, MissingExtraError
 from datafree.export.header import read_header
 from datafree.export.integers import Array
-from datafree.export.runtime import Kernel
+from datafree.export.runtime import Kernel, by_layer
 
 if TYPE_CHECKING:
     import openvino
@@ -27,15 +27,18 @@ _RENAMED = re.compile("(/WithoutBiases|/DequantizationMultiply)+$")
 class OpenVino:
     """A file in OpenVINO on the CPU, in float32 where it does not multiply integers.
 
-    Left to itself OpenVINO rounds to 8 bits what enters linear layers with packed weights, even where the file does not.
+    With its default precision OpenVINO takes bf16 or f16 instead on processors that have them, and rounds to 8 bits what enters linear
+    layers with packed weights, even where the file does not.
     """
 
-    def __init__(self, file: Path, threads: int = 0, outputs: Sequence[str] = ()) -> None:
+    def __init__(self, file: Path, threads: int = 0, outputs: Sequence[str] = (), default_precision: bool = False) -> None:
         openvino = imported()
         self.runtime = f"openvino {openvino.__version__.partition('-')[0]}"
         self._file = file
         core = openvino.Core()
-        options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+        options = {"PERFORMANCE_HINT": "LATENCY"}
+        if not default_precision:
+            options |= {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
         if threads:
             options["INFERENCE_NUM_THREADS"] = str(threads)
         start = time.perf_counter()
@@ -45,9 +48,11 @@ class OpenVino:
             self._compiled = core.compile_model(model, "CPU", options)
         except RuntimeError as error:
             raise ExportError(
-                f"{self.runtime} refuses {file}: {reason(error)}; damaged files, a missing .bin and operators it does not know end so"
+                f"{self.runtime} refuses {file}: {reason(error)}; possible cause: a damaged file, a missing .bin or .data beside it, or "
+                "operators that it does not know"
             ) from error
         self.load_seconds = time.perf_counter() - start
+        self.precision = str(self._compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
         self.input_shape = tuple(each.get_length() for each in list(self._compiled.input(0).partial_shape)[1:])
 
     def run(self, inputs: Array) -> dict[str, Array]:
@@ -69,13 +74,13 @@ class OpenVino:
 
     def kernels(self, layers: Collection[str]) -> dict[str, Kernel]:
         """The kernels of these layers, read from the graph as OpenVINO executes it."""
-        found = {}
+        found = []
         for op in self._compiled.get_runtime_model().get_ordered_ops():
             info = {key: value.astype(str) for key, value in op.get_rt_info().items()}
             if info["layerType"] in _LAYERS:
                 for name in info["originalLayersNames"].split(","):
-                    found[_RENAMED.sub("", name)] = Kernel(info["layerType"], info["runtimePrecision"] in _INTEGER)
-        return {name: found[name] for name in layers if name in found}
+                    found.append((_RENAMED.sub("", name), Kernel(info["layerType"], info["runtimePrecision"] in _INTEGER)))
+        return by_layer(found, layers)
 
 
 def imported() -> ModuleType:

@@ -3,8 +3,9 @@
 Batch norms go into scales and biases; equal quantizers become one; a clamp that only quantizers read becomes a bound of their codes.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 
 import numpy as np
 import onnx_ir as ir
@@ -13,9 +14,8 @@ from onnx_ir.passes import common
 from datafree.errors import ExportError
 from datafree.export.grids import Grid
 from datafree.export.integers import Array, Integers
+from datafree.export.names import CODES, codes_name, layer_name
 from datafree.export.unpack import Pen
-
-CODES = ".codes"
 
 
 def laid_out(graph: ir.Graph, weights: Mapping[str, Integers]) -> dict[str, Integers]:
@@ -64,7 +64,9 @@ def fold_norms(graph: ir.Graph, weights: Mapping[str, Integers]) -> dict[str, In
     for norm in [node for node in graph if node.op_type == "BatchNormalization"]:
         layer = norm.inputs[0].producer()
         name = None if layer is None else layer_of(layer)
-        if layer is None or name is None or len(readers[name]) > 1 or len(layer.outputs[0].uses()) > 1 or layer.op_type == "MatMul":
+        if layer is None or name is None or len(readers[name]) > 1 or layer.op_type == "MatMul":
+            continue
+        if len(layer.outputs[0].uses()) > 1 or layer.outputs[0].is_graph_output():
             continue
         gamma, beta, mean, var = (array(value) for value in norm.inputs[1:])
         if len(found[name].scale) != len(gamma) or found[name].axis != out_axis(layer):
@@ -131,9 +133,9 @@ def unclamped(value: ir.Value, found: Grid) -> tuple[ir.Value, Grid]:
     return maker.inputs[0], replace(found, low=found.code(low), high=found.code(high))
 
 
-def codes_name(point: str, call: int = 1) -> str:
-    """The tensor in the file that holds the codes of a point; the second call of its module has its own, and so on."""
-    return f"{point}{'' if call == 1 else f'.{call}'}{CODES}"
+def codes_of_marker(node: ir.Node) -> str:
+    """The tensor that holds the codes of a marker ``Quantized``."""
+    return codes_name(node.attributes.get_string("point"), node.attributes.get_int("call", 1))
 
 
 def float_weight(pen: Pen, codes: ir.Value, weight: Integers, name: str) -> ir.Value:
@@ -161,9 +163,25 @@ def replace_by(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
     """Let ``value`` stand for what the node gives, under its name where that goes out of the graph."""
     old = node.outputs[0]
     if old.is_graph_output():
+        if value.is_graph_output() or value.producer() is None:  # which has a name of its own that must stay
+            value = Pen(graph, node).op("Identity", [value])
         value.name, value.type, value.shape = old.name, old.type, old.shape
     ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
     graph.remove(node, safe=True)
+
+
+def put_behind(graph: ir.Graph, value: ir.Value, kind: str, inputs: Sequence[ir.Value]) -> None:
+    """Let all who read ``value`` read ``kind(value, *inputs)`` instead, which takes its name where that goes out of the graph."""
+    maker = value.producer()
+    assert maker is not None
+    node = ir.node(kind, [value, *inputs])
+    made = node.outputs[0]
+    made.type, made.shape = value.type, value.shape
+    if value.is_graph_output():
+        made.name, value.name = value.name, f"{value.name}.before"
+    ir.convenience.replace_all_uses_with(value, made, replace_graph_outputs=True)
+    node.replace_input_with(0, value)
+    graph.insert_after(maker, node)
 
 
 def array(value: ir.Value | None) -> Array:
@@ -185,18 +203,22 @@ def tidy(model: ir.Model, layers: Collection[str]) -> None:
 
 def _shorten(graph: ir.Graph, layers: Collection[str]) -> None:
     """Names that say something stay: layers, codes of points, what goes in and out. The others would double small files."""
-    told = {*graph.inputs, *graph.outputs}
-    values = [value for node in graph for value in node.outputs if value not in told]
-    for number, value in enumerate(values):
+    kept = {str(value.name) for value in (*graph.inputs, *graph.outputs)}
+    free_v, free_c = _free_names("v", kept), _free_names("c", kept)
+    for value in [value for node in graph for value in node.outputs if value.name not in kept]:
         if value.name is None or not value.name.endswith(CODES):
-            value.name, value.type, value.shape = f"v{number}", None, None
-    for number, value in enumerate(list(graph.initializers.values())):
-        value.name, value.type, value.shape = f"c{number}", None, None
+            value.name, value.type, value.shape = next(free_v), None, None
+    for value in list(graph.initializers.values()):
+        value.name, value.type, value.shape = next(free_c), None, None
     for node in graph:
-        if node.name not in layers:
+        if layer_name(node.name or "") not in layers:
             node.name = ""
         for key in [key for key, each in node.attributes.items() if _is_default(key, each.value)]:
             del node.attributes[key]
+
+
+def _free_names(letter: str, taken: Collection[str]) -> Iterator[str]:
+    return (name for number in count() if (name := f"{letter}{number}") not in taken)
 
 
 def _is_default(key: str, value: object) -> bool:

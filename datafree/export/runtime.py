@@ -3,7 +3,7 @@
 import re
 import tempfile
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, final
@@ -13,6 +13,7 @@ import numpy as np
 from datafree.errors import ExportError, MissingExtraError
 from datafree.export.header import read_header
 from datafree.export.integers import Array
+from datafree.export.names import layer_name
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -36,11 +37,13 @@ class Loaded(Protocol):
 
     Attributes:
         runtime: name and version.
+        precision: of the operations that do not multiply integers, as the runtime calls it: ``f32``, ``bf16``, ``f16``.
         load_seconds: how long it took to load the file.
         input_shape: of one input, without the batch.
     """
 
     runtime: str
+    precision: str
     load_seconds: float
     input_shape: tuple[int, ...]
 
@@ -54,14 +57,26 @@ class Loaded(Protocol):
         """The kernels of these layers; one that cannot be found in what the runtime made of the file is absent."""
 
 
-def open_file(path: str | Path, threads: int = 0, outputs: Sequence[str] = (), runtime: RuntimeName | None = None) -> Loaded:
+def by_layer(nodes: Iterable[tuple[str, Kernel]], layers: Collection[str]) -> dict[str, Kernel]:
+    """The kernels of these layers from those of their calls, the name of a node and its kernel; a float kernel of one call decides."""
+    found: dict[str, Kernel] = {}
+    for node, kernel in nodes:
+        if (name := layer_name(node)) in layers and (name not in found or not kernel.integer):
+            found[name] = kernel
+    return found
+
+
+def open_file(
+    path: str | Path, threads: int = 0, outputs: Sequence[str] = (), runtime: RuntimeName | None = None, default_precision: bool = False
+) -> Loaded:
     """Load an exported file.
 
     Args:
         path: an ONNX file, or the .xml of OpenVINO.
         threads: how many may work; 0 leaves it to the runtime.
         outputs: names of tensors to give beside the file's own outputs.
-        runtime: OpenVINO for its own files, else ONNX Runtime unless told otherwise.
+        runtime: OpenVINO for its own files, else ONNX Runtime unless given.
+        default_precision: leave OpenVINO the precision that it takes on this machine, in place of float32.
 
     Raises:
         ExportError: the file is missing, damaged, refused by the runtime or not of its kind.
@@ -75,12 +90,12 @@ def open_file(path: str | Path, threads: int = 0, outputs: Sequence[str] = (), r
     if (runtime or runtime_of(file)) == "openvino":
         from datafree.export.openvino_runtime import OpenVino
 
-        return OpenVino(file, threads, outputs)
+        return OpenVino(file, threads, outputs, default_precision)
     return OnnxRuntime(file, threads, outputs)
 
 
 def runtime_of(path: str | Path) -> RuntimeName:
-    """The runtime that runs a file unless told otherwise, by its ending."""
+    """The runtime that runs a file unless another is asked for, by its ending."""
     return "openvino" if Path(path).suffix == ".xml" else "ort"
 
 
@@ -94,6 +109,7 @@ class OnnxRuntime:
         except ImportError as error:
             raise MissingExtraError("running ONNX files needs onnxruntime: pip install 'datafree[onnx]'") from error
         self.runtime = f"onnxruntime {onnxruntime.__version__}"
+        self.precision = "f32"
         self._file, self._data, self._threads = file, _with_outputs(file, outputs), threads
         start = time.perf_counter()
         self._session = self._open()
@@ -109,8 +125,10 @@ class OnnxRuntime:
         options.log_severity_level = 3
         options.intra_op_num_threads = self._threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._file.parent.resolve()))
         if optimised is not None:
             options.optimized_model_filepath = str(optimised)
+            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimised.data")
         renamers = [] if optimised is None else list(_RENAMERS)
         refusals = onnxruntime.capi.onnxruntime_pybind11_state
         try:
@@ -118,7 +136,8 @@ class OnnxRuntime:
         except (refusals.Fail, refusals.InvalidGraph, refusals.InvalidProtobuf, refusals.InvalidArgument, refusals.NotImplemented) as error:
             reason = str(error).strip().splitlines()[0]
             raise ExportError(
-                f"{self.runtime} refuses {self._file}: {reason}; damaged files and operators of a later ONNX end so"
+                f"{self.runtime} refuses {self._file}: {reason}; possible cause: a damaged file, a missing .data beside it, or operators "
+                "of a later ONNX"
             ) from error
 
     def run(self, inputs: Array) -> dict[str, Array]:
@@ -143,8 +162,8 @@ class OnnxRuntime:
         with tempfile.TemporaryDirectory(prefix="datafree-") as folder:
             self._open(Path(folder) / "optimised.onnx")
             nodes = onnx.load(Path(folder) / "optimised.onnx", load_external_data=False).graph.node
-        named = {_RENAMED.sub("", node.name): node.op_type for node in nodes}
-        return {name: Kernel(named[name], named[name] in _INTEGER) for name in layers if name in named}
+        named = ((_RENAMED.sub("", node.name), Kernel(node.op_type, node.op_type in _INTEGER)) for node in nodes)
+        return by_layer(named, layers)
 
 
 def _with_outputs(file: Path, outputs: Sequence[str]) -> bytes:

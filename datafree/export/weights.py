@@ -14,17 +14,18 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from datafree.errors import NetworkError, TargetError, WeightsError
-from datafree.export.files import write_whole
-from datafree.export.float_weights import named
+from datafree.errors import NetworkError, OutputError, TargetError, WeightsError
+from datafree.export.checkpoints import named
+from datafree.export.files import whole_file
 from datafree.export.pack import pack, packed_size, unpack
+from datafree.graph.swap import frozen_copy
 from datafree.plan import Plan
-from datafree.quant.freeze import float_tensors, freeze
+from datafree.quant.freeze import float_tensors
 from datafree.quant.grid import has_zero_points
-from datafree.quant.insert import assign, insert, latent_weight, plan_of, quantized_layers, quantizers, weight_quantizer
+from datafree.quant.insert import assign, codes_of, insert, latent_weight, plan_of, quantized_layers, quantizers, weight_quantizer
 from datafree.quant.quantizer import Quantizer
 
 FORMAT = "datafree"
@@ -39,18 +40,39 @@ def save_student(student: nn.Module, path: str | Path) -> None:
     unset = [point for point, quantizer in quantizers(student).items() if not quantizer.ready]
     if unset:
         raise NetworkError(f"activations without a range: {named(unset)}: observe them before saving")
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in float_tensors(student).items()}
+    tensors = _with_own_memory(float_tensors(student))
     for point, quantizer in quantizers(student).items():
         tensors |= _range_entries(point, quantizer)
-    for name, frozen in freeze(student).items():
-        tensors[f"{name}.weight.codes"] = pack(frozen.codes - frozen.spec.levels[0], frozen.spec.bits)
-        tensors |= _range_entries(f"{name}.weight", weight_quantizer(quantized_layers(student)[name]))
+    for name, layer in quantized_layers(student).items():
+        quantizer = weight_quantizer(layer)
+        tensors[f"{name}.weight.codes"] = pack(codes_of(layer), quantizer.spec.bits, quantizer.spec.levels[0])
+        tensors |= _range_entries(f"{name}.weight", quantizer)
     header = json.dumps({"version": VERSION, "plan": plan_of(student).to_json()})
-    write_whole(path, save(tensors, {FORMAT: header}))
+    with whole_file(path) as part:
+        try:
+            save_file(tensors, part, {FORMAT: header})
+        except SafetensorError as error:
+            raise OutputError(f"{path} cannot be written: {error}") from error
+
+
+def _with_own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, contiguous, and copied only where memory is shared, which the format does not know."""
+    found: dict[str, Tensor] = {}
+    taken = set[int]()
+    for name, value in tensors.items():
+        tensor = value.detach().cpu().contiguous()
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() in taken or memory.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        taken.add(tensor.untyped_storage().data_ptr())
+        found[name] = tensor
+    return found
 
 
 def load_student(path: str | Path, model: nn.Module) -> nn.Module:
-    """The student in ``path``, on a copy of the float network ``model``; its outputs are those of the saved one to the last bit.
+    """The student in ``path``, in eval mode, on a float32 copy of the float network ``model``, which stays as it is.
+
+    Its outputs are those of the saved one to the last bit.
 
     Raises WeightsError on files that are missing, damaged, of another kind or do not fit ``model``.
     """
@@ -58,7 +80,7 @@ def load_student(path: str | Path, model: nn.Module) -> nn.Module:
     tensors, metadata = _read(file)
     plan = _plan(metadata, file)
     try:
-        student = insert(model, plan)
+        student = insert(frozen_copy(model), plan)
     except (TargetError, NetworkError) as error:
         raise WeightsError(f"{file} does not fit the network: {error}") from error
     _grow(student, tensors)
@@ -88,7 +110,8 @@ def _restore(student: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> N
             raise WeightsError(f"{file} is damaged at {point}: {error}") from error
     for name, layer in quantized_layers(student).items():
         spec, latent = weight_quantizer(layer).spec, latent_weight(layer)
-        codes = unpack(tensors[f"{name}.weight.codes"], spec.bits, latent.numel()).reshape(latent.shape) + spec.levels[0]
+        codes = unpack(tensors[f"{name}.weight.codes"], spec.bits, latent.numel()).reshape(latent.shape).to(torch.int16)
+        codes += spec.levels[0]
         try:
             assign(layer, codes.to(latent.device), tensors[f"{name}.weight.scale"], tensors.get(f"{name}.weight.zero"))
         except NetworkError as error:

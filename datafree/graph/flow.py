@@ -217,8 +217,8 @@ def _check_followed(tape: Tape, calls: dict[str, list[int]]) -> None:
     for name, found in calls.items():
         if not any(each in reaching for each in found) and any(_seen_lost(tape, each) for each in found):
             raise FlowError(
-                f"what layer {name!r} computes never reaches the output through operations that can be followed: a script, numpy or "
-                "an extension stands behind it"
+                f"what layer {name!r} computes never reaches the output through operations that can be followed: a scripted function, "
+                "numpy or an extension stands behind it. Wrap what it calls in an nn.Module, whose forward may hold anything"
             )
 
 

@@ -90,6 +90,10 @@ def remove_parametrization(module: nn.Module, name: str) -> None:
     shared = type(module)
     module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
     parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    value = getattr(module, name)
+    if not isinstance(value, nn.Parameter):  # torch makes a buffer of what needs no gradient
+        delattr(module, name)
+        module.register_parameter(name, nn.Parameter(value.detach(), requires_grad=False))
 
 
 def _replace_layers(model: nn.Module, tape: Tape) -> bool:

@@ -9,7 +9,7 @@ how moments are propagated.
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import cast
@@ -154,7 +154,7 @@ def record(model: nn.Module, example: Tensor) -> Tape:
     if not outputs:
         raise FlowError(
             f"the answer of the network, a {type(answer).__name__}, holds no tensor that depends on its input through operations that can "
-            "be followed: let it return a tensor, or a tuple, list or mapping of tensors"
+            "be followed: let it return a tensor, or tensors in a tuple, list, mapping or dataclass"
         )
     return Tape(tuple(recorder.nodes), tuple(recorder.module_calls), outputs)
 
@@ -179,7 +179,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists and mappings, in order."""
+    """All tensors in nested tuples, lists, mappings and dataclasses, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
@@ -188,6 +188,9 @@ def tensors_in(value: object) -> Iterator[Tensor]:
     elif isinstance(value, Mapping):
         for each in value.values():
             yield from tensors_in(each)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from tensors_in(getattr(value, field.name))
 
 
 def replace_in(value: object, change: Callable[[object], object]) -> object:

@@ -15,7 +15,8 @@ from datafree.errors import NetworkError
 def anchored(model: nn.Module, but: Collection[str] = ()) -> Iterator[None]:
     """Every batch norm, but those named, normalises by the batch and keeps its stored affine: outputs have mean beta and variance gamma^2.
 
-    Stored statistics are left alone.
+    Stored statistics are left alone. The modules themselves change their mode while it lasts: no other thread may run ``model`` meanwhile
+    (give it a ``swap.frozen_copy``, which shares the tensors).
     """
     named = model.named_modules()
     norms = [module for name, module in named if isinstance(module, _BatchNorm) and module.running_mean is not None and name not in but]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from datafree.context import Event
 from datafree.errors import DataError, NetworkError
+from datafree.graph.swap import frozen_copy
 from datafree.measure.data import Data, Labelled, batches_of
 from datafree.task import Task
 
@@ -89,6 +90,7 @@ def _right(
     models: tuple[nn.Module, ...], names: tuple[str, ...], task: Task, data: Data, on_event: Callable[[Event], None] | None
 ) -> list[Tensor]:
     """For each network, whether it was right on each input: bool (n,)."""
+    models = tuple(frozen_copy(model) for model in models)  # in float32, as inputs are
     batches = batches_of(data, task)
     total = len(batches) if isinstance(batches, Labelled) else 0
     right: list[list[Tensor]] = [[] for _ in models]
@@ -125,17 +127,12 @@ def _choices(answer: Tensor, labels: Tensor, name: str) -> Tensor:
 
 
 def answers(model: nn.Module, task: Task, inputs: Tensor, name: str) -> Tensor:
-    """What ``model`` answers in eval mode, on the CPU; its mode is left as found. Raises NetworkError where that is not finite."""
+    """What ``model`` answers in eval mode, on the CPU; model and inputs stay as they are. Raises NetworkError where that is not finite."""
+    if any(module.training for module in model.modules()):
+        model = frozen_copy(model)  # the modes of a network that others may be running are left alone
     place = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), inputs.device)
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with torch.no_grad():
-            answer = task.run(model, inputs.to(place)).cpu()
-    finally:
-        for module in training:
-            module.training = True
+    with torch.no_grad():
+        answer = task.run(model, inputs.to(place, copy=True)).cpu()
     wrong = int((~torch.isfinite(answer)).sum())
     if wrong:
         raise NetworkError(f"the {name} answers NaN or infinity ({wrong} of {answer.numel()} values): it cannot be measured")

@@ -1,6 +1,7 @@
 """How closely the student answers like the teacher, measured on noise: no data is needed."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,14 +12,16 @@ from datafree.measure.accuracy import answers
 from datafree.measure.data import inputs_per_batch
 from datafree.task import Task
 
+SOURCE = "noise"  # what ``Task.noise`` gives
+
 
 @dataclass(frozen=True)
 class Fidelity:
     """Likeness of student and teacher on inputs that are not real: this is fidelity, never accuracy.
 
     Args:
-        agreement: percent of the answers whose highest channel (axis 1) is the same; None where there is no choice of channels.
-        kl: mean Kullback-Leibler divergence KL(teacher || student) in nats; None where the answer is not (n, classes).
+        agreement: percent of the choices that are the same, along the class axis; None where there is no class axis.
+        kl: mean Kullback-Leibler divergence KL(teacher || student) in nats along the class axis; None where there is none.
         sqnr: signal to quantization noise of the raw answers in dB; infinite where they are equal.
         n: how many inputs.
         source: what the inputs were.
@@ -32,7 +35,7 @@ class Fidelity:
 
 
 def fidelity(teacher: nn.Module, student: nn.Module, task: Task, generator: torch.Generator, n: int = 256) -> Fidelity:
-    """Compare the answers of both networks to ``n`` standard normal inputs: this is fidelity, never accuracy.
+    """Compare the answers of both networks to ``n`` inputs of noise: this is fidelity, never accuracy.
 
     Raises:
         DataError: ``n`` is not positive.
@@ -43,6 +46,7 @@ def fidelity(teacher: nn.Module, student: nn.Module, task: Task, generator: torc
     agreed: list[Tensor] = []
     divergences: list[Tensor] = []
     signal = noise = 0.0
+    batch = batch_axis(teacher, task)
     for size in _sizes(n, inputs_per_batch(task.shape)):
         inputs = task.noise(size, generator)
         first = answers(teacher, task, inputs, "teacher").double()
@@ -51,13 +55,37 @@ def fidelity(teacher: nn.Module, student: nn.Module, task: Task, generator: torc
             raise NetworkError(f"the teacher answers {tuple(first.shape)}, the student {tuple(second.shape)}: they cannot be compared")
         signal += float(first.square().sum())
         noise += float((first - second).square().sum())
-        if first.ndim >= 2 and first.shape[1] > 1:
-            agreed.append((first.argmax(1) == second.argmax(1)).flatten())
-        if first.ndim == 2 and first.shape[1] > 1:
-            divergences.append(divergence(first, second))
+        axis = class_axis(task, first.shape, batch)
+        if axis is not None:
+            agreed.append((first.argmax(axis) == second.argmax(axis)).flatten())
+            divergences.append(divergence(first, second, axis).flatten())
     agreement = 100 * float(torch.cat(agreed).double().mean()) if agreed else None
     kl = float(torch.cat(divergences).mean()) if divergences else None
-    return Fidelity(agreement, kl, _decibels(signal, noise), n, "standard normal noise")
+    return Fidelity(agreement, kl, _decibels(signal, noise), n, SOURCE)
+
+
+def class_axis(task: Task, shape: Sequence[int], batch: int | None = 0) -> int | None:
+    """The axis of an answer of this shape along which classes compete; None where there is none, or it cannot be told.
+
+    Where ``task.classes`` is known it is the one axis of that size, and the first beside the batch if several have it; else an answer
+    (n, classes) alone has one. ``batch`` is the axis of the inputs, which never counts; None where no axis is.
+    """
+    if batch is None:
+        return None
+    others = [axis for axis in range(len(shape)) if axis != batch]
+    classes = len(task.classes) if isinstance(task.classes, tuple) else task.classes
+    if classes is None:
+        return others[0] if len(others) == 1 and shape[others[0]] > 1 else None
+    found = [axis for axis in others if shape[axis] == classes > 1]
+    return found[0] if found and (len(found) == 1 or found[0] == others[0]) else None
+
+
+def batch_axis(model: nn.Module, task: Task) -> int | None:
+    """The axis of the network's answer whose size follows the number of inputs; None where none does, or several do."""
+    noise = task.noise(3, torch.Generator().manual_seed(0))
+    one, other = (answers(model, task, noise[:n], "network").shape for n in (2, 3))
+    changed = [axis for axis, sizes in enumerate(zip(one, other, strict=False)) if sizes[0] != sizes[1]]
+    return changed[0] if len(changed) == 1 and len(one) == len(other) else None
 
 
 def _sizes(n: int, most: int) -> list[int]:
@@ -65,10 +93,10 @@ def _sizes(n: int, most: int) -> list[int]:
     return [most] * full + [rest] * bool(rest)
 
 
-def divergence(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(teacher || student) of each row of logits, (n,)."""
-    first, second = teacher.log_softmax(1), student.log_softmax(1)
-    return (first.exp() * (first - second)).sum(1).clamp(min=0)  # rounding may leave a tiny negative
+def divergence(teacher: Tensor, student: Tensor, axis: int = 1) -> Tensor:
+    """KL(teacher || student) of logits along the axis of the classes, which the result lacks: (n,) of (n, classes)."""
+    first, second = teacher.log_softmax(axis), student.log_softmax(axis)
+    return (first.exp() * (first - second)).sum(axis).clamp(min=0)  # rounding may leave a tiny negative
 
 
 def _decibels(signal: float, noise: float) -> float:

@@ -16,6 +16,7 @@ from datafree.graph.flow import Flow
 from datafree.plan import Plan
 from datafree.quant.grid import broadcast
 from datafree.quant.insert import insert, latent_weight, plan_of, quantized_layers, quantizers, weight_quantizer
+from datafree.quant.precision import float64
 from datafree.quant.quantizer import Quantizer
 from datafree.task import Task
 
@@ -135,8 +136,8 @@ def _errors(teacher: nn.Module, other: nn.Module, where: Mapping[str, str], task
         for name, module in where.items():
             for one, two in zip(first[module], second[module], strict=False):
                 if one.shape == two.shape:
-                    noise[name] += float((one.double() - two.double()).square().sum())
-                    signal[name] += float(one.double().square().sum())
+                    noise[name] += float((float64(one) - float64(two)).square().sum())
+                    signal[name] += float(float64(one).square().sum())
     return {name: 100 * noise[name] / signal[name] if signal[name] > 0 else None for name in where}
 
 
@@ -165,8 +166,8 @@ def _activations(student: nn.Module, task: Task, parts: Sequence[Tensor]) -> tup
 
     def hook(point: str, module: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
         x = args[0]
-        noise[point] += float((result.double() - x.double()).square().sum())
-        signal[point] += float(x.double().square().sum())
+        noise[point] += float((float64(result) - float64(x)).square().sum())
+        signal[point] += float(float64(x).square().sum())
         if not samples[point]:
             samples[point].append(x.detach())
 
@@ -208,7 +209,7 @@ def _limits(quantizer: Quantizer) -> tuple[Tensor, Tensor]:
 
 def _histogram(values: Tensor, low: Tensor, high: Tensor) -> Histogram:
     half = (high - low) * 1e-6  # values at the edge are not beyond it
-    clipped = 100 * float(((values < low - half) | (values > high + half)).double().mean())
+    clipped = 100 * float(float64((values < low - half) | (values > high + half)).mean())
     sample = values.flatten()[:: max(1, values.numel() // _SAMPLE)].float().cpu()
     widest = int((high - low).flatten().argmax())
     clip = float(low.flatten()[widest]), float(high.flatten()[widest])

@@ -23,6 +23,8 @@ from datafree.synth.calibrate import calibrate
 from datafree.synth.source import Prior
 from datafree.task import Task
 
+EXACT_BITS = 8  # from here on a shift is smaller than the error of the moments that tell it
+
 
 @method("rtn")
 class RoundToNearest(Method):
@@ -47,7 +49,7 @@ class RoundToNearest(Method):
     rounding: Literal["nearest", "hqq"] = option(
         "nearest", "hqq: linear layers take range and zero point of HQQ, always on an asymmetric grid; others as with nearest"
     )
-    correct_bias: bool = option(True, "take off the shift of each output's mean, derived from batch-norm statistics")
+    correct_bias: bool = option(True, "below 8 bits, take off the shift of each output's mean, derived from batch-norm statistics")
     symmetric: bool = option(True, "symmetric grid for weights (zero point 0)")
     per_channel: bool = option(True, "one scale for each output channel of a weight; else one for the whole tensor")
 
@@ -63,7 +65,7 @@ class RoundToNearest(Method):
         for step, name in enumerate(plan.layers, 1):
             layer, module = flow.layers[name], student.get_submodule(name)
             weight_quantizer(module).set(*self._fit(layer, latent_weight(module), plan.layers[name].weight))
-            if self.correct_bias and inputs[name].known:
+            if self.correct_bias and inputs[name].known and plan.layers[name].weight.bits < EXACT_BITS:
                 quantized, full = (by_outputs(weight, layer) for weight in (effective_weight(module), latent_weight(module)))
                 shift_output(student, layer, output_shift(quantized, full, inputs[name].mean, layer.groups), norms.get(name))
             ctx.progress("round", step, len(plan.layers))

@@ -17,6 +17,7 @@ from datafree.plan import Plan, QSpec, Target
 from datafree.quant.grid import broadcast
 from datafree.quant.insert import assign, insert, latent_weight, quantizers
 from datafree.quant.observe import watch
+from datafree.quant.precision import float64
 from datafree.quant.ranges import fit, from_range
 from datafree.task import Task
 
@@ -86,7 +87,7 @@ class _Spread:
 
     def watch(self, module: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> Tensor:
         """Forward hook of the quantizer: note its input and let that pass."""
-        x = args[0].double()
+        x = float64(args[0])
         positive = x.clamp(min=0)
         self.low, self.high = min(self.low, float(x.min())), max(self.high, float(x.max()))
         self.sums += torch.stack([(x > 0).sum(), positive.sum(), positive.square().sum()]).cpu()

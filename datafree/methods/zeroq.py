@@ -10,7 +10,7 @@ from datafree.bits.pareto import frontier
 from datafree.bits.search import budget, costs, is_mixed
 from datafree.bits.sensitivity import answer_divergence
 from datafree.context import Ctx
-from datafree.fit import stalled
+from datafree.fit import Stalled
 from datafree.graph.flow import Flow, Layer, read
 from datafree.method import Method, method, option
 from datafree.plan import QSpec, Target
@@ -83,7 +83,7 @@ class ZeroQ(Method):
             prior=0.01 if dsg else 0.0,
             flip=self.augment,
             roll=2 if self.augment else 0,
-            stop=stalled() if self.stop_early else None,
+            stop=Stalled() if self.stop_early else None,
         )
 
     def _widths(self, flow: Flow, teacher: nn.Module, task: Task, target: Target, inputs: Tensor) -> dict[str, int] | None:

@@ -4,10 +4,14 @@ Every method, the student and every export go through these functions. ``scale``
 ``spec.axis``, or () where ``spec.axis`` is None. Values round half to even.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from datafree.plan import QSpec
+
+_BLOCK = 1 << 20  # values
 
 
 def broadcast(values: Tensor, spec: QSpec, like: Tensor) -> Tensor:
@@ -17,6 +21,14 @@ def broadcast(values: Tensor, spec: QSpec, like: Tensor) -> Tensor:
     sizes = [1] * like.dim()
     sizes[spec.axis] = -1
     return values.reshape(sizes)
+
+
+def row_blocks(x: Tensor, scale: Tensor, zero: Tensor, spec: QSpec) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Rows of ``x`` with about a million values together, and their scale and zero, for work that would take several copies of ``x``."""
+    rows, along = max(1, _BLOCK * len(x) // max(1, x.numel())), spec.axis is not None and spec.axis % x.dim() == 0
+    for start in range(0, len(x), rows):
+        place = slice(start, start + rows)
+        yield place, scale[place] if along else scale, zero[place] if along else zero
 
 
 def quantize(x: Tensor, scale: Tensor, zero: Tensor, spec: QSpec) -> Tensor:

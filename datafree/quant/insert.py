@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from datafree.errors import NetworkError, TargetError
 from datafree.plan import LayerPlan, Plan, QSpec
-from datafree.quant.grid import dequantize, quantize
+from datafree.quant.grid import dequantize, quantize, row_blocks
 from datafree.quant.quantizer import Quantizer
 from datafree.quant.ranges import minmax
 
@@ -113,8 +113,11 @@ def effective_weight(layer: nn.Module) -> Tensor:
 @torch.no_grad()
 def codes_of(layer: nn.Module) -> Tensor:
     """The integer codes of the layer's weight, int16, in its shape."""
-    quantizer = weight_quantizer(layer)
-    return quantize(latent_weight(layer), quantizer.scale, quantizer.zero, quantizer.spec)
+    quantizer, latent = weight_quantizer(layer), latent_weight(layer)
+    codes = torch.empty_like(latent, dtype=torch.int16)
+    for rows, scale, zero in row_blocks(latent, quantizer.scale, quantizer.zero, quantizer.spec):
+        codes[rows] = quantize(latent[rows], scale, zero, quantizer.spec)
+    return codes
 
 
 @torch.no_grad()
@@ -129,11 +132,14 @@ def assign(layer: nn.Module, codes: Tensor, scale: Tensor, zero: Tensor | None =
             f"{_described(layer)}: codes have shape {tuple(codes.shape)}, expected that of the weight, {tuple(latent.shape)}"
         )
     low, high = quantizer.spec.levels
-    wrong = (codes != codes.round()) | (codes < low) | (codes > high)
-    if bool(wrong.any()):
-        raise NetworkError(f"{_described(layer)}: a code is {codes[wrong][0].item()}, expected integers from {low} to {high}")
+    for rows, _, _ in row_blocks(codes, quantizer.scale, quantizer.zero, quantizer.spec):
+        part = codes[rows]
+        wrong = (part != part.round()) | (part < low) | (part > high)
+        if bool(wrong.any()):
+            raise NetworkError(f"{_described(layer)}: a code is {part[wrong][0].item()}, expected integers from {low} to {high}")
     quantizer.set(scale, zero)
-    latent.copy_(dequantize(codes.to(latent.device), quantizer.scale, quantizer.zero, quantizer.spec))
+    for rows, scales, zeros in row_blocks(latent, quantizer.scale, quantizer.zero, quantizer.spec):
+        latent[rows] = dequantize(codes[rows].to(latent.device), scales, zeros, quantizer.spec)
 
 
 def _described(layer: nn.Module) -> str:

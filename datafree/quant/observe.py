@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from datafree.errors import NetworkError
 from datafree.plan import QSpec
 from datafree.quant.insert import quantizers
+from datafree.quant.precision import float64
 from datafree.quant.quantizer import Quantizer
 from datafree.quant.ranges import Rule, channel_rows, fit, from_range
 
@@ -40,6 +41,7 @@ def observe(
     watch(student, batches, {point: each.watch for point, each in seen.items()}, run)
     _check_seen([point for point in points if seen[point].low is None])
     for point, quantizer in points.items():
+        seen[point].check(point)
         quantizer.set(*seen[point].range(rule, reach.get(point, 1.0)))
 
 
@@ -150,13 +152,18 @@ class _Seen:
         x = args[0]
         if self.spec.axis is None:  # in the order of memory, so that nothing is copied
             x = x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))
-        rows = channel_rows(x, self.spec.axis)
+        rows = channel_rows(x, self.spec.axis, check=False)  # the extremes tell at the end
         low, high = rows.amin(1), rows.amax(1)
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
         if self.keep:
             self._keep(rows)
         return args[0]
+
+    def check(self, point: str) -> None:
+        """Raises NetworkError where something that was seen is not finite."""
+        if self.low is None or self.high is None or not torch.isfinite(torch.stack([self.low, self.high])).all():
+            raise NetworkError(f"{point}: NaN or infinity passed there, no range can be taken: check the weights and the inputs")
 
     def range(self, rule: Rule, reach: float) -> tuple[Tensor, Tensor]:
         """Scale and zero of all that was seen, half of it taken to reach ``reach`` times as far."""
@@ -180,4 +187,5 @@ def _thinned(rows: Tensor, rate: float) -> Tensor:
     if rate == 1.0:
         return rows
     count = int(rows.shape[1] * rate)
-    return rows[:, (torch.arange(count, dtype=torch.float64, device=rows.device) / rate).long()]
+    places = float64(torch.arange(count, device=rows.device)) / rate
+    return rows[:, places.long().to(rows.device)]

@@ -43,16 +43,17 @@ class Quantizer(nn.Module):
         return fake_quantize(x, self.scale, self.zero, self.spec)
 
     @torch.no_grad()
-    def set(self, scale: Tensor, zero: Tensor | None = None) -> None:
+    def set(self, scale: Tensor, zero: Tensor | None = None, check: bool = True) -> None:
         """Take over scale and zero; a zero of None is the one the grid implies.
 
-        Raises NetworkError on a wrong shape, a scale that is not finite and positive, or a zero that is not on the grid.
+        Raises NetworkError on a wrong shape, a scale that is not finite and positive, or a zero that is not on the grid. Without ``check``
+        the values are not looked at, so a GPU is not waited for.
         """
         scale = scale.detach().to(self.scale.device, torch.float32, copy=True)
         expected = self._shape(scale.shape)
         if tuple(scale.shape) != expected:
             raise NetworkError(f"{self}: the scale has shape {tuple(scale.shape)}, expected {expected}")
-        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        if check and not bool((torch.isfinite(scale) & (scale > 0)).all()):
             worst = scale[~(torch.isfinite(scale) & (scale > 0))].flatten()[0].item()
             raise NetworkError(f"{self}: a scale is {worst}, expected finite values above 0")
         if zero is None:
@@ -62,7 +63,8 @@ class Quantizer(nn.Module):
         zero = zero.detach().to(self.scale.device, torch.float32, copy=True)
         if zero.shape != scale.shape:
             raise NetworkError(f"{self}: zero has shape {tuple(zero.shape)}, expected that of the scale, {tuple(scale.shape)}")
-        self._check_zero(zero)
+        if check:
+            self._check_zero(zero)
         self.scale, self.zero = scale, zero
 
     @property

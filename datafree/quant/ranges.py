@@ -13,6 +13,7 @@ from torch import Tensor
 
 from datafree.errors import NetworkError, TargetError
 from datafree.plan import QSpec
+from datafree.quant.precision import float64
 
 Rule = Literal["minmax", "mse"]
 _BLOCK = 1 << 18  # elements
@@ -28,12 +29,12 @@ def fit(x: Tensor, spec: QSpec, rule: Rule) -> tuple[Tensor, Tensor]:
     raise TargetError(f"unknown range rule {rule!r}: choose minmax or mse")
 
 
-def minmax(x: Tensor, spec: QSpec) -> tuple[Tensor, Tensor]:
-    """The range that clips nothing; for the ternary grid the scale of :func:`twn`."""
+def minmax(x: Tensor, spec: QSpec, check: bool = True) -> tuple[Tensor, Tensor]:
+    """The range that clips nothing; for the ternary grid the scale of :func:`twn`. ``check``: see :func:`channel_rows`."""
     if spec.grid == "ternary":
-        scale = twn(x, spec.axis)[1]
+        scale = twn(x, spec.axis, check)[1]
         return scale, torch.zeros_like(scale)
-    rows = channel_rows(x, spec.axis)
+    rows = channel_rows(x, spec.axis, check)
     return _shaped(*from_range(rows.amin(1), rows.amax(1), spec), spec.axis)
 
 
@@ -87,27 +88,29 @@ def _search(rows: Tensor, spec: QSpec, importance: Tensor | None, exponent: floa
 
 def from_range(low: Tensor, high: Tensor, spec: QSpec) -> tuple[Tensor, Tensor]:
     """Scale and zero that cover [low, high], elementwise; the range is widened to include 0."""
-    low, high = low.double().clamp(max=0), high.double().clamp(min=0)
+    device = low.device
+    low, high = float64(low).clamp(max=0), float64(high).clamp(min=0)
     smallest, largest = spec.levels
     if spec.grid == "dorefa":
-        scale = _positive(2 * torch.maximum(-low, high) / largest)
+        scale = _positive(2 * torch.maximum(-low, high) / largest).to(device)
         return scale, torch.full_like(scale, largest / 2)
     if spec.symmetric or spec.grid == "ternary":
-        scale = _positive(torch.maximum(-low, high) / largest)
+        scale = _positive(torch.maximum(-low, high) / largest).to(device)
         return scale, torch.zeros_like(scale)
     scale = _positive((high - low) / (largest - smallest))
-    return scale, torch.round(-low / scale.double()).clamp(smallest, largest).float()
+    zero = torch.round(-low / float64(scale)).clamp(smallest, largest).float()
+    return scale.to(device), zero.to(device)
 
 
-def twn(x: Tensor, axis: int | None = 0) -> tuple[Tensor, Tensor]:
+def twn(x: Tensor, axis: int | None = 0, check: bool = True) -> tuple[Tensor, Tensor]:
     """Ternary weight networks (arXiv 1605.04711): one threshold 0.7 mean|W| and one alpha = mean of |W| above it, for the layer.
 
     Returns codes (int16, shape of x) and alpha repeated for each slice of ``axis``.
     """
-    rows = channel_rows(x, axis)
+    rows = channel_rows(x, axis, check)
     size = rows.abs()
     keep = size > 0.7 * size.mean()
-    alpha = _positive(torch.where(keep, size, 0.0).sum(dtype=torch.float64) / keep.sum().clamp(min=1))
+    alpha = _positive(float64(torch.where(keep, size, 0.0)).sum() / float64(keep.sum()).clamp(min=1)).to(x.device)
     codes = (torch.sign(rows) * keep).to(torch.int16)
     return _unrows(codes, x, axis), alpha if axis is None else alpha.repeat(rows.shape[0])
 
@@ -128,12 +131,13 @@ def optimal_ternary(x: Tensor, axis: int | None = 0, weight: Tensor | None = Non
 def _ternary_rows(rows: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
     size, order = rows.abs().sort(dim=1, descending=True)
     weights = torch.ones_like(size) if importance is None else importance.gather(1, order)
-    mass = weights.cumsum(1, dtype=torch.float64)
-    total = (weights * size).cumsum(1, dtype=torch.float64)
+    mass = float64(weights).cumsum(1)
+    total = float64(weights * size).cumsum(1)
     best = torch.where(mass > 0, total.square() / mass.clamp(min=TINY), 0.0).argmax(1, keepdim=True)
     mean = (total.gather(1, best) / mass.gather(1, best).clamp(min=TINY)).squeeze(1)
+    best = best.to(rows.device)
     kept = torch.zeros_like(rows).scatter_(1, order, (torch.arange(rows.shape[1], device=rows.device) <= best).to(rows.dtype))
-    return (torch.sign(rows) * kept).to(torch.int16), _positive(mean)
+    return (torch.sign(rows) * kept).to(torch.int16), _positive(mean).to(rows.device)
 
 
 def _blocks(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -144,14 +148,17 @@ def _blocks(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield place, rows[place]
 
 
-def channel_rows(x: Tensor, axis: int | None) -> Tensor:
-    """(C, n): one row for each slice of ``axis``; (1, n) where that is None. Detached, float32."""
+def channel_rows(x: Tensor, axis: int | None, check: bool = True) -> Tensor:
+    """(C, n): one row for each slice of ``axis``; (1, n) where that is None. Detached, float32.
+
+    Raises NetworkError for values that are not finite; without ``check`` they are not looked at, so a GPU is not waited for.
+    """
     if axis is not None and not -x.dim() <= axis < x.dim():
         raise NetworkError(f"a tensor of shape {tuple(x.shape)} has no axis {axis} to range by: choose another axis or None")
     if x.numel() == 0:
         raise NetworkError(f"a tensor of shape {tuple(x.shape)} is empty: no range can be taken from it")
     values = x.detach().float()
-    if not torch.isfinite(torch.stack(torch.aminmax(values))).all():  # NaN shows in both
+    if check and not torch.isfinite(torch.stack(torch.aminmax(values))).all():  # NaN shows in both
         raise NetworkError(f"a tensor of shape {tuple(x.shape)} holds NaN or infinity: no range can be taken from it")
     return values.reshape(1, -1) if axis is None else values.movedim(axis, 0).reshape(x.shape[axis], -1)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from datafree.graph.flow import MOVES, Flow, Layer
 from datafree.graph.fold import by_outputs, foldable, norm_vectors
 from datafree.quant.insert import effective_weight, is_quantized, quantizers, weight_quantizer
+from datafree.quant.precision import float64
 from datafree.quant.quantizer import Quantizer
 
 _LARGEST = 2**31 - 1
@@ -83,6 +84,7 @@ def _settle_norm(module: nn.Module, norm: nn.Module, step: Tensor, dead: Tensor)
 
 def _rounding(bias: Tensor, step: Tensor) -> Tensor:
     """What takes ``bias`` to the next multiple of ``step``; 0 where a step is 0, or so small that int32 does not hold the bias."""
-    steps = bias.double() / step.double()
+    exact, unit = float64(bias), float64(step)
+    steps = exact / unit
     held = torch.isfinite(steps) & (steps.abs() < _LARGEST)
-    return torch.where(held, steps.round() * step.double() - bias.double(), 0.0).to(bias.dtype)
+    return torch.where(held, steps.round() * unit - exact, 0.0).to(bias)

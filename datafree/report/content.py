@@ -1,7 +1,9 @@
 """What the page and its JSON twin say of a run; ``report.schema.json`` describes it."""
 
+import math
 from collections.abc import Mapping, Sequence
 
+from datafree.errors import WeightsError
 from datafree.report.manifest import manifest
 from datafree.report.runs import Run, Table, number, table
 
@@ -13,6 +15,7 @@ def content(run: Run) -> dict[str, object]:
     return {
         "version": VERSION,
         "verdict": verdict(run),
+        "files": [_runtime(found) for found in run.verifications.values()],
         "layers": run.layers,
         "frontier": run.frontier,
         "chosen": _chosen(run),
@@ -24,6 +27,7 @@ def content(run: Run) -> dict[str, object]:
 def verdict(run: Run) -> dict[str, object]:
     """The figures that decide: bits, size, what was lost, speed.
 
+    ``runtime`` is that of the exported file that was verified last.
     ``accuracy`` is measured, where labelled data was given; ``estimated_loss`` was estimated without data, None where nobody did.
     """
     record, target = run.record, table(run.record["target"])
@@ -47,7 +51,6 @@ def verdict(run: Run) -> dict[str, object]:
 
 
 def _runtime(found: Table) -> dict[str, object]:
-    kernels = table(found["kernels"]).values()
     return {
         "runtime": found["runtime"],
         "file": found["file"],
@@ -56,7 +59,8 @@ def _runtime(found: Table) -> dict[str, object]:
         "float_latency_ms": table(found["float_latency"])["median"],
         "times_as_fast": found["speedup"],
         "layers": found["layers"],
-        "integer_layers": sum(bool(table(kernel)["integer"]) for kernel in kernels),
+        "integer_layers": found["integer_layers"],
+        "float_kernels": found["float_kernels"],
     }
 
 
@@ -96,24 +100,56 @@ def verdict_rows(told: Table) -> list[tuple[str, str]]:
         ("size", f"{number(told['packed_bytes']) / 1000:.1f} kB, {number(told['times_smaller']):.1f}x smaller than in float"),
         ("accuracy", _accuracy(told["accuracy"])),
         ("estimated loss", estimate_text(told["estimated_loss"])),
-        ("on noise", _fidelity(fidelity)),
+        ("on noise", fidelity_text(fidelity)),
     ]
     if runtime is None:
         return [*rows, ("latency", "not exported"), ("integer kernels", "not exported")]
     ran = table(runtime)
-    latency = f"{number(ran['latency_ms']):.2f} ms, {number(ran['times_as_fast']):.2f} times as fast as in float"
-    return [*rows, ("latency", latency), ("integer kernels", f"{ran['integer_layers']} of {ran['layers']} layers, {ran['runtime']}")]
+    latency = f"{ran['file']}: {number(ran['latency_ms']):.2f} ms, {number(ran['times_as_fast']):.2f} times as fast as in float"
+    chosen = ", float kernels by choice" if ran["float_kernels"] else ""
+    kernels = f"{ran['integer_layers']} of {ran['layers']} layers{chosen}, {ran['runtime']}"
+    return [*rows, ("latency", latency), ("integer kernels", kernels)]
 
 
 def estimate_text(estimate: object) -> str:
     """What ``run["estimate"]`` says, in words."""
+    return ": ".join(estimate_parts(estimate)) if estimate is not None else "unknown"
+
+
+def estimate_parts(estimate: object) -> tuple[str, str]:
+    """What ``run["estimate"]`` says, in a few words, and what must be known beside them."""
     if estimate is None:
-        return "unknown"
+        return "unknown", "measure with labelled data, where there is some"
     told = table(estimate)
-    if told["drop"] is None:
-        return f"unknown: {told['unknown']}"
+    match told.get("verdict"):
+        case "unknown":
+            return "unknown", str(told["unknown"])
+        case "probably large":
+            return "unknown, and probably large", f"{told['unknown']}; {_fitted_on(told)}"
+        case "too small":
+            head = f"too small to tell (under {number(told['high']):.1f} points of top-1)"
+            return head, f"an estimate without data, {_fitted_on(told)}"
     drop, low, high, confidence = (number(told[key]) for key in ("drop", "low", "high", "confidence"))
-    return f"{drop:.1f} points of top-1 ({low:.1f} to {high:.1f}, {confidence:.0f} %), an estimate without data"
+    interval = f"{low:.1f} to {high:.1f} with {confidence:.0f} % confidence"
+    return f"{drop:.1f} points of top-1", f"{interval}, an estimate without data, {_fitted_on(told)}"
+
+
+def _fitted_on(told: Table) -> str:
+    """The size of the networks that the estimate rests on, and of this one where it is more than twice as large."""
+    largest, own = _numbers(told.get("fitted_parameters"))[-1], number(told.get("parameters"))
+    fewest, most = _numbers(told.get("fitted_classes"))
+    text = f"fitted on networks of up to {_count(largest)} parameters and {fewest:.0f} to {most:.0f} classes"
+    return text if own <= 2 * largest else f"{text}; this one has {_count(own)} parameters"
+
+
+def _numbers(value: object) -> list[float]:
+    if not isinstance(value, Sequence) or len(value) != 2:
+        raise WeightsError(f"a file of the run is damaged: expected two numbers, found {value!r}; quantize again")
+    return [number(each) for each in value]
+
+
+def _count(parameters: float) -> str:
+    return f"{parameters / 1e6:.1f} M" if parameters >= 1e5 else f"{parameters / 1e3:.1f} k"
 
 
 def _accuracy(measured: object) -> str:
@@ -126,8 +162,10 @@ def _accuracy(measured: object) -> str:
     return f"{low:.2f} % instead of {full:.2f} %: {drop:.2f} points lost, +- {width:.2f} (95 %), on {found['data']}"
 
 
-def _fidelity(found: Table) -> str:
-    told = [] if found["agreement"] is None else [f"same class {number(found['agreement']):.1f} %"]
-    told += [] if found["kl"] is None else [f"KL {number(found['kl']):.3g} nats"]
-    told += ["same answers" if found["sqnr"] is None else f"SQNR {number(found['sqnr']):.1f} dB"]
-    return ", ".join(told)
+def fidelity_text(found: Table) -> str:
+    """What ``run["fidelity"]`` says, in words; an SQNR that is infinite is null in a file."""
+    sqnr = math.inf if found["sqnr"] is None else number(found["sqnr"])
+    noise = "same answers" if sqnr == math.inf else f"SQNR {sqnr:.1f} dB"
+    if found["agreement"] is None or found["kl"] is None:
+        return f"{noise} (no class axis)"
+    return f"same class {number(found['agreement']):.1f} %, KL {number(found['kl']):.3g} nats, {noise}"

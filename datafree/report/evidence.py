@@ -6,6 +6,7 @@ a ``with``; it is found again by an event of its own, so that no state stands at
 """
 
 import os
+import re
 import site
 import sys
 import sysconfig
@@ -17,7 +18,10 @@ from typing import final
 
 _FIND = "datafree.recorder"  # the event that asks for the hook of this process
 _PROGRAMS = frozenset(("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "pty.spawn"))
-_SYSTEM = tuple(os.sep + name + os.sep for name in ("proc", "sys", "dev"))
+_SYSTEM = tuple(os.sep + name + os.sep for name in ("proc", "sys"))
+_DEVICES = re.compile(  # what holds no data; beside them lie shared memory, disks and standard input
+    r"/dev/(null|zero|full|random|urandom|tty|ptmx|kfd|nvidia\d+|nvidiactl|nvidia-uvm|nvidia-uvm-tools|dri/\w+|accel/\w+)"
+)
 _CODE = (".py", ".pyc", ".pyi", ".so", ".dll", ".dylib", ".pyd", ".pth", ".h")
 _METADATA = (".dist-info", ".egg-info")
 
@@ -84,7 +88,7 @@ class Recorder:
 
     def _is_code(self, path: str) -> bool:
         """Whether the file is part of the system or code of the installation; pictures or arrays that lie there are neither."""
-        if path.startswith(_SYSTEM):
+        if os.path.realpath(path).startswith(_SYSTEM) or _DEVICES.fullmatch(path):
             return True
         inside = path.startswith(self._installation)
         file = Path(path)

@@ -14,7 +14,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from datafree.errors import WeightsError
-from datafree.report.content import verdict_rows
+from datafree.report.content import estimate_parts, verdict_rows
 from datafree.report.manifest import manifest_rows
 from datafree.report.plots import bits_plot, frontier_plot, histogram_plot, noise_plot, size_plot
 from datafree.report.runs import Table, number, table
@@ -38,6 +38,8 @@ def page(told: Table, pictures: Path | None = None) -> str:
         "report.html.jinja",
         {
             "verdict": table(told["verdict"]),
+            "estimate": estimate_parts(table(told["verdict"])["estimated_loss"]),
+            "files": told["files"],
             "silent": _silent(table(told["manifest"])["evidence"]),
             "notes": told["notes"],
             "layers": layers,

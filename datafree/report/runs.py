@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from datafree.errors import WeightsError
+from datafree.errors import NetworkError, WeightsError
+from datafree.task import Task
 
 STUDENT_FILE, PLAN_FILE, RUN_FILE = "student.safetensors", "plan.json", "run.json"
 LAYERS_FILE, PICTURES_FILE = "layers.json", "pictures.safetensors"
@@ -24,7 +25,7 @@ class Run:
         record: run.json.
         plan: plan.json.
         layers: layers.json, the noise layer by layer.
-        verification: verification.json, what an exported file did in its runtime.
+        verifications: verification.json, what exported files did in their runtimes, by the name of the file, the latest last.
         frontier: frontier.json, points with ``bytes``, ``loss`` and ``bits`` by layer.
     """
 
@@ -32,8 +33,13 @@ class Run:
     record: Table
     plan: Table
     layers: Table | None
-    verification: Table | None
+    verifications: Mapping[str, Table]
     frontier: tuple[Table, ...] | None
+
+    @property
+    def verification(self) -> Table | None:
+        """What the file did that was verified last."""
+        return list(self.verifications.values())[-1] if self.verifications else None
 
     @property
     def student_hash(self) -> str:
@@ -53,11 +59,39 @@ def open_folder(folder: str | Path) -> Run:
     for name in (RUN_FILE, PLAN_FILE, STUDENT_FILE):
         if not (place / name).is_file():
             raise WeightsError(f"{place} holds no {name}: expected a folder that 'datafree quantize' wrote")
-    record, plan, layers, verification = (_table(place / name) for name in (RUN_FILE, PLAN_FILE, LAYERS_FILE, VERIFICATION_FILE))
+    record, plan, layers = (_table(place / name) for name in (RUN_FILE, PLAN_FILE, LAYERS_FILE))
     assert record is not None and plan is not None
     if missing := [key for key in ("method", "target", "weights_hash", "float_bytes", "packed_bytes", "fidelity") if key not in record]:
         raise WeightsError(f"{place / RUN_FILE} says nothing of {missing[0]}: it is damaged or of another version; quantize again")
-    return Run(place, record, plan, layers, verification, _points(place / FRONTIER_FILE))
+    return Run(place, record, plan, layers, verifications(place), _points(place / FRONTIER_FILE))
+
+
+def verifications(folder: Path) -> dict[str, Table]:
+    """What exported files did in their runtimes, by the name of the file, the latest last. Raises WeightsError where that is damaged."""
+    file = folder / VERIFICATION_FILE
+    found = _table(file) or {}
+    if not all(isinstance(each, Mapping) and {"kernels", "latency"} <= each.keys() for each in found.values()):
+        raise WeightsError(f"{file} is damaged or of another version: remove it, then verify the files again")
+    return {name: table(each) for name, each in found.items()}
+
+
+def read_record(folder: Path) -> Table:
+    """run.json of a run. Raises WeightsError where it is missing or damaged."""
+    record = _table(folder / RUN_FILE)
+    if record is None:
+        raise WeightsError(f"{folder} holds no {RUN_FILE}: expected a folder that 'datafree quantize' wrote")
+    return record
+
+
+def task_of(record: Table) -> Task:
+    """The task of a run. Raises WeightsError where its record does not hold one."""
+    try:
+        given = {key: tuple(value) if isinstance(value, list) else value for key, value in table(record["task"]).items()}
+        return Task(**given)  # type: ignore[arg-type]
+    except (KeyError, TypeError, NetworkError) as error:
+        raise WeightsError(
+            f"{RUN_FILE} has no task that this version reads ({error!r}): it is damaged or of another version; quantize again"
+        ) from error
 
 
 def table(value: object) -> Table:

@@ -3,8 +3,10 @@
 What a generator can draw is smoother than free pixels, and a generator of one batch does not have to draw any other.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import final
 
 import torch
@@ -81,9 +83,6 @@ class Latent:
         self._stored = stored_moments(self.teacher)
         if not self._stored:
             raise NetworkError("the network has no batch norm with statistics that a generator could meet: take a Prior instead")
-        for module in self.teacher.modules() if self.recipe.swing else ():
-            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and max(module.stride) > 1:
-                module.register_forward_pre_hook(lambda module, args: (swung(args[0], ctx.generator), *args[1:]))
 
     def sample(self, n: int) -> Batch:
         """``n`` new inputs. Raises NetworkError for less than one, and where the input has not 1 to 3 spatial axes."""
@@ -92,7 +91,11 @@ class Latent:
         sizes = [min(self.recipe.batch, n - first) for first in range(0, n, self.recipe.batch)]
         found, begun, limit = [], len(self.losses), self.recipe.max_seconds
         for number, (size, clock) in enumerate(zip(sizes, in_turn(limit, len(sizes)), strict=True), 1):
-            found.append(self._make(size, f"pictures, batch {number} of {len(sizes)}", clock))
+            name = f"pictures, batch {number} of {len(sizes)}"
+            make = partial(self._make, size, name, clock)
+            shared = self.ctx.pictures
+            what = f"{name} of {n} {self.task} {self.recipe}"
+            found.append(make() if shared is None else shared.once(what, self.teacher, self.ctx.generator, make))
         taken, steps = sum(map(len, self.losses[begun:])), self.recipe.steps * len(sizes)
         if limit is not None and taken < steps:
             self.ctx.note(f"pictures: stopped after {taken} of {steps} steps, when their {duration(limit)} were over")
@@ -118,11 +121,27 @@ class Latent:
         optimizer = torch.optim.Adam(groups)
         optimizer.register_step_post_hook(_decay(latents))
         plateau = ReduceLROnPlateau(optimizer, patience=recipe.patience, min_lr=[0.0, recipe.generator_rate])  # of the latents alone
-        with norm_moments(self.teacher) as seen:
+        with norm_moments(self.teacher) as seen, _swinging(self.teacher if recipe.swing else None, random):
             self.losses.append(fit(params, loss, recipe.steps, optimizer, self.ctx, name, plateau, stop))
         with torch.no_grad():
             made = self.task.scaled(generator(latents, blend))
         return made.detach()
+
+
+@contextmanager
+def _swinging(model: nn.Module | None, generator: torch.Generator) -> Iterator[None]:
+    """While it lasts, every strided convolution of ``model``, if there is one, sees its input :func:`swung`."""
+    strided = [
+        module
+        for module in (() if model is None else model.modules())
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and max(module.stride) > 1
+    ]
+    handles = [each.register_forward_pre_hook(lambda module, args: (swung(args[0], generator), *args[1:])) for each in strided]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def swung(x: Tensor, generator: torch.Generator) -> Tensor:

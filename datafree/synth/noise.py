@@ -83,7 +83,7 @@ class Recipe:
         roll: shift the batch by up to so many pixels, what leaves on one side entering on the other.
         crop: let the network see a random part of the batch, its sides of this share at least, at the full size; 1: all of it.
         views: probability with which a step does so at all.
-        stop: when it is good enough (``fit.stalled``); None: all steps are taken.
+        stop: when it is good enough (``fit.Stalled``); None: all steps are taken.
         max_seconds: that a sample may take, the same for each of its batches; None: any.
     """
 
@@ -209,7 +209,10 @@ class Pixels:
         for number, (part, clock) in enumerate(zip(parts, in_turn(recipe.max_seconds, len(parts)), strict=True), 1):
             stop = clock if recipe.stop is None else FirstOf((recipe.stop, clock))
             wanted = self._wanted(None if labels is None else labels[part.start : part.stop], margins, band)
-            found.append(self._optimise(len(part), wanted, f"pictures, batch {number} of {len(parts)}", stop))
+            name = f"pictures, batch {number} of {len(parts)}"
+            make = partial(self._optimise, len(part), wanted, name, stop)
+            shared = None if recipe.margin else self.ctx.pictures  # those with a margin depend on the batches before
+            found.append(make() if shared is None else shared.once(f"{name} of {n} {self.task} {recipe}", self.teacher, generator, make))
         taken, steps = sum(map(len, self.losses[begun:])), recipe.steps * len(parts)
         if recipe.max_seconds is not None and taken < steps:
             self.ctx.note(f"pictures: stopped after {taken} of {steps} steps, when their {duration(recipe.max_seconds)} were over")

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from datafree.context import Ctx
 from datafree.errors import MethodError
 from datafree.fit import Clock, FirstOf, duration, fit
-from datafree.quant.insert import latent_weight, quantized_layers, quantizers, weight_quantizer
+from datafree.quant.insert import latent_weight, plan_of, quantized_layers, quantizers, weight_quantizer
 from datafree.quant.observe import observe, observe_moving, observe_percentile
 from datafree.quant.ranges import minmax
 from datafree.synth.filters import low_pass
@@ -145,7 +145,7 @@ def distill(
     stop = FirstOf((lesson.clock,) if held is None else (lesson.clock, held))
     with _trainable(params), _gradient(student, recipe.gradient):
         try:
-            losses = fit(params, lesson, steps, optimizer, ctx, "distill", schedule, stop)
+            losses = fit(params, lesson, steps, optimizer, ctx.part(plan_of(student)), "distill", schedule, stop)
             lesson.take_average()
             if held is not None:
                 held.look(len(losses))
@@ -184,7 +184,7 @@ class _Lesson:
     def __call__(self) -> Terms:
         """The terms of the student's loss on a new batch; the source is updated first, when it is its turn."""
         recipe = self.recipe
-        _follow(self.student, recipe)
+        _follow(self.student, recipe, check=False)
         if self.taken % recipe.each == 0:
             self.source.update(self.student)
         x, labels, (t, maps) = self._shown()
@@ -317,10 +317,11 @@ def _set_ranges(student: nn.Module, task: Task, source: Source, recipe: Recipe) 
 
 
 @torch.no_grad()
-def _follow(student: nn.Module, recipe: Recipe) -> None:
+def _follow(student: nn.Module, recipe: Recipe, check: bool = True) -> None:
+    """Set the ranges of the weights anew; without ``check`` a GPU is not waited for, and the loss tells of weights that are not finite."""
     for layer in quantized_layers(student).values() if recipe.weight_range == "follow" else ():
         quantizer = weight_quantizer(layer)
-        quantizer.set(*minmax(latent_weight(layer), quantizer.spec))
+        quantizer.set(*minmax(latent_weight(layer), quantizer.spec, check), check=check)
 
 
 def _groups(student: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:

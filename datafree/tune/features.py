@@ -20,6 +20,7 @@ from datafree.context import Ctx
 from datafree.errors import NetworkError
 from datafree.graph.chains import chains
 from datafree.graph.flow import ADDS, Flow, Layer, flow
+from datafree.quant.precision import float64
 from datafree.task import Task
 
 FeatureTerm = Callable[[Tensor, Tensor], Tensor]  # of the teacher's map and the student's
@@ -121,7 +122,7 @@ def refined(t: Tensor, s: Tensor, temperature: float = 8.0) -> Tensor:
     Both are nearly flat, so the result is tiny: it is computed in double precision, and meant to have a large weight.
     """
     channels = _divergence(channel_energy(t), channel_energy(s), temperature)
-    return (channels + _divergence(position_energy(t), position_energy(s), temperature)).float()
+    return (channels + _divergence(position_energy(t), position_energy(s), temperature)).to(t.device, torch.float32)
 
 
 def attention(t: Tensor, s: Tensor) -> Tensor:
@@ -138,12 +139,12 @@ def relations(t: Tensor, s: Tensor) -> Tensor:
 
 def channel_energy(x: Tensor) -> Tensor:
     """Softmax over the channels of the mean square over the positions: (n, channels, *sizes) -> (n, channels)."""
-    return x.double().square().flatten(2).mean(2).softmax(1)
+    return float64(x).square().flatten(2).mean(2).softmax(1)
 
 
 def position_energy(x: Tensor) -> Tensor:
     """The mean square over the channels, of unit length: (n, channels, *sizes) -> (n, positions)."""
-    return F.normalize(x.double().square().mean(1).flatten(1))
+    return F.normalize(float64(x).square().mean(1).flatten(1))
 
 
 def _divergence(t: Tensor, s: Tensor, temperature: float) -> Tensor:

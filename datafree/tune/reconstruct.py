@@ -21,7 +21,7 @@ from datafree.graph.blocks import Unit, units
 from datafree.graph.flow import Flow
 from datafree.graph.swap import replace
 from datafree.graph.taps import Entered, entering
-from datafree.quant.insert import assign, is_quantized, latent_weight, quantized_layers, quantizers, weight_quantizer
+from datafree.quant.insert import assign, is_quantized, latent_weight, plan_of, quantized_layers, quantizers, weight_quantizer
 from datafree.quant.quantizer import Quantizer
 from datafree.task import Task
 from datafree.tune.soft import LearnedRange, SoftWeight, annealed, mixed, undecided
@@ -200,7 +200,7 @@ def _learn(lesson: _Lesson, parts: Mapping[str, SoftWeight | LearnedRange], name
     schedule = LambdaLR(optimizer, [factor for _, _, factor in groups])
     with _in_place(student, parts):
         params = [each for group in groups for each in group[0]]
-        losses = fit(params, lesson, recipe.steps, optimizer, lesson.ctx, name, schedule, lesson.clock)
+        losses = fit(params, lesson, recipe.steps, optimizer, lesson.ctx.part(plan_of(student)), name, schedule, lesson.clock)
     for path, weight in weights.items():
         layer = student.get_submodule(path.removesuffix(_WEIGHT))
         assign(layer, *weight.hard(), weight_quantizer(layer).zero)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from datafree.closed import moments
 from datafree.closed.moments import clip, elementwise, mean_form, relu, tap_correlation, variance_form
 from datafree.errors import NetworkError
 from tests.reference import moments as reference
@@ -146,3 +147,13 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         variance_form(torch.ones(4, 3), torch.ones(4, 3, 1), torch.ones(3))
     with pytest.raises(NetworkError, match=r"1 group"):
         mean_form(torch.ones(4, 2), torch.ones(4), groups=1)
+
+
+def test_large_weights_are_worked_on_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, var = torch.randn(10, 6, 3, generator=generator), torch.rand(6, generator=generator)
+    whole = moments.variance_form(weight, weight, var)
+    monkeypatch.setattr(moments, "_BLOCK", 40)
+    assert moments.row_blocks(weight) == [slice(start, start + 2) for start in range(0, 10, 2)]
+    assert moments.row_blocks(weight, groups=2) == [slice(0, 10)]
+    torch.testing.assert_close(moments.variance_form(weight, weight, var), whole)

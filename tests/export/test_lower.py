@@ -81,7 +81,7 @@ def test_a_layer_called_twice_is_stored_once(make: Maker) -> None:
         q = datafree.Quantized <point="a:input"> (input)
         w = datafree.Weight <layer="a"> ()
         y = Conv <pads=[1,1,1,1]> (q, w, b)
-        q2 = datafree.Quantized <point="a:input"> (y)
+        q2 = datafree.Quantized <point="a:input", call=2> (y)
         w2 = datafree.Weight <layer="a"> ()
         z = Conv <pads=[1,1,1,1]> (q2, w2, b)
         output = datafree.Quantized <point="a:output"> (z)

@@ -79,6 +79,7 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     "old spectral norm": standard(old_norm(nn.utils.spectral_norm)),
     "orthogonal": standard(parametrizations.orthogonal),
     "transposed": lambda: net(parametrizations.weight_norm(nn.ConvTranspose2d(8, 8, 2, 2), dim=1)),
+    "reflected": lambda: net(parametrizations.weight_norm(nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"))),
     "standardised": lambda: net(Standardised(8, 8, 3, padding=1)),
     "standardised and padded": lambda: net(SamePadded(8, 8, 3, bias=False)),
     "equalised": lambda: nn.Sequential(

@@ -82,6 +82,29 @@ def test_progress_is_told(tmp_path: Path) -> None:
     assert events[-1] == Event("accuracy", 5, 0)  # how much there is of an iterable is not known
 
 
+class Spy(nn.Module):
+    """Notes the mode of the network that others may be running, and writes into its input."""
+
+    def __init__(self, seen: list[nn.Module], modes: list[bool]) -> None:
+        super().__init__()
+        self.look = lambda: modes.append(seen[0].training)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.look()
+        return self.dropout(x.mul_(2))
+
+
+def test_a_network_in_training_mode_stays_in_it_while_it_is_measured() -> None:
+    shown: list[nn.Module] = []
+    modes: list[bool] = []
+    network = Spy(shown, modes).train()
+    shown.append(network)
+    inputs = DATA[0].clone()
+    assert torch.equal(answers(network, TASK, inputs, "network"), 2 * DATA[0])
+    assert modes == [True] and torch.equal(inputs, DATA[0]), "the mode was changed, or the input"
+
+
 def test_answers_come_from_eval_mode_and_the_mode_is_restored() -> None:
     network = Rotate().train()
     network.dropout.eval()

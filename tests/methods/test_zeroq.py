@@ -11,7 +11,7 @@ from datafree.bits.cost import plan_bytes
 from datafree.bits.pareto import Point, frontier
 from datafree.closed.regress import divergence
 from datafree.errors import DatafreeError
-from datafree.fit import stalled
+from datafree.fit import Stalled
 from datafree.measure.accuracy import compare
 from datafree.method import Method
 from datafree.methods import zeroq as module_under_test
@@ -74,7 +74,7 @@ def test_every_choice_of_pictures_changes_the_ranges_and_serves(fields: dict[str
 
 
 def test_stopping_early_takes_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module_under_test, "stalled", lambda: stalled(5))
+    monkeypatch.setattr(module_under_test, "Stalled", lambda: Stalled(5))
     steps = []
     for stop_early in (False, True):
         events: list[datafree.Event] = []

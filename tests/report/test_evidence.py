@@ -7,6 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -73,6 +74,23 @@ def test_threads_are_heard_and_silence_follows(tmp_path: Path) -> None:
         (tmp_path / "b").read_text()
     file.read_text()
     assert inner.files_read == [str(file)] and outer.files_read == [str(file), str(tmp_path / "b")]
+
+
+def test_devices_are_left_out_but_data_in_shared_memory_and_behind_a_descriptor_is_not(tmp_path: Path) -> None:
+    shared = Path("/dev/shm")
+    if not os.access(shared, os.W_OK):
+        pytest.skip("there is no shared memory below /dev")
+    file, other = shared / f"datafree-test-{os.getpid()}.npz", tmp_path / "data.bin"
+    file.write_bytes(b"pictures")
+    other.write_bytes(b"pictures")
+    try:
+        with other.open("rb") as opened:
+            behind = f"/proc/self/fd/{opened.fileno()}"
+            read = [Path("/dev/urandom"), Path("/dev/null"), Path("/proc/self/stat"), file, Path(behind)]
+            record = heard(lambda: [each.open("rb").close() for each in read])
+    finally:
+        file.unlink()
+    assert record.files_read == [str(file), behind]
 
 
 def test_code_is_left_out_but_data_of_the_installation_is_not() -> None:

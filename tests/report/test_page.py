@@ -21,6 +21,7 @@ from datafree.errors import WeightsError
 from datafree.report.content import content, verdict, verdict_rows
 from datafree.report.page import comparison_page, contact_sheet, page
 from datafree.report.runs import Run, open_folder
+from datafree.result import strict_json
 from datafree.zoo.digits import digits
 
 SCHEMA = json.loads(files("datafree.report").joinpath("report.schema.json").read_text())
@@ -29,9 +30,12 @@ FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
     "--disable-sync --enable-logging=stderr --v=0"
 ).split()
+FAST = {
+    "file": "fast.onnx", "runtime": "onnxruntime 1.0", "file_bytes": 8, "speedup": 4.0, "layers": 3, "integer_layers": 0, "kernels": {},
+    "latency": {"median": 0.25}, "float_latency": {"median": 1.0}, "float_kernels": True,
+}  # fmt: skip
 VERIFICATION = {
-    "file": "model.onnx", "runtime": "onnxruntime 1.0", "file_bytes": 9, "speedup": 2.0, "layers": 3,
-    "latency": {"median": 0.5}, "float_latency": {"median": 1.0}, "kernels": {"a": {"integer": True}, "b": {"integer": False}},
+    **FAST, "file": "model.onnx", "file_bytes": 9, "speedup": 2.0, "integer_layers": 1, "latency": {"median": 0.5}, "float_kernels": False,
 }  # fmt: skip
 
 
@@ -55,7 +59,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = result.save(tmp_path_factory.mktemp("runs") / "whole")
     points = [{"bytes": 1000 * size, "loss": 1 / size, "bits": own if size == 3 else dict.fromkeys(own, 2)} for size in range(1, 6)]
     (folder / "frontier.json").write_text(json.dumps(points))
-    (folder / "verification.json").write_text(json.dumps(VERIFICATION))
+    (folder / "verification.json").write_text(json.dumps({each["file"]: each for each in (FAST, VERIFICATION)}))
     return folder
 
 
@@ -80,7 +84,7 @@ def bare(run: Path, tmp_path: Path) -> Path:
 def test_the_twin_follows_the_schema(run: Path, bare: Path) -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     for folder in (run, bare):
-        told = json.loads(api.strict_json(content(open_folder(folder))))
+        told = json.loads(strict_json(content(open_folder(folder))))
         jsonschema.validate(told, SCHEMA, cls=jsonschema.Draft202012Validator)
         told["verdict"]["surprise"] = 1
         with pytest.raises(jsonschema.ValidationError, match="surprise"):
@@ -100,14 +104,36 @@ def test_the_page_tells_what_decides(html: str) -> None:
     assert "some &lt;data&gt;" in html and "some <data>" not in html
 
 
+def test_the_page_lists_all_files_and_decides_by_the_latest(run: Path, html: str) -> None:
+    found = content(open_folder(run))
+    assert isinstance(found["files"], list) and [each["file"] for each in found["files"]] == ["fast.onnx", "model.onnx"]
+    assert "model.onnx: 0.50 ms" in dict(verdict_rows(verdict(open_folder(run))))["latency"]
+    assert "fast.onnx (float kernels by choice)" in html and "4.00" in html
+
+
 def test_the_estimate_is_called_one_and_tells_why_it_is_unknown(run: Path) -> None:
     told = {**content(open_folder(run)), "layers": None, "frontier": None}
     assert isinstance(told["verdict"], dict)
-    for drop, part in ((4.25, "An estimate without data"), (None, "kl = 9 lies outside")):
-        told["verdict"]["estimated_loss"] |= {"drop": drop, "low": 1.0, "high": 9.0, "unknown": None if drop else "kl = 9 lies outside"}
+    guess = told["verdict"]["estimated_loss"]
+    size = "fitted on networks of up to 0.9 M parameters and 10 to 1000 classes"
+    for judged, drop, unknown, head, detail in (
+        ("estimated", 4.25, None, "4.2 points of top-1", f"1.0 to 9.0 with 90 % confidence, an estimate without data, {size}"),
+        ("too small", None, None, "too small to tell (under 9.0 points of top-1)", f"an estimate without data, {size}"),
+        ("probably large", None, "kl = 9 lies above", "unknown, and probably large", f"kl = 9 lies above; {size}"),
+        ("unknown", None, "no classifier", "unknown", "no classifier"),
+    ):
+        guess |= {"verdict": judged, "drop": drop, "low": 1.0, "high": 9.0, "unknown": unknown}
         text = page(told)
-        assert part in text and ("4.2 points" in text) == (drop is not None)
-    assert dict(verdict_rows(told["verdict"]))["estimated loss"] == "unknown: kl = 9 lies outside"
+        assert f">{head}<" in text and f">{detail}<" in text
+        assert dict(verdict_rows(told["verdict"]))["estimated loss"] == f"{head}: {detail}"
+
+
+def test_fidelity_without_classes_is_told_so(run: Path) -> None:
+    told = {**content(open_folder(run)), "layers": None, "frontier": None}
+    assert isinstance(told["verdict"], dict)
+    told["verdict"]["fidelity"] |= {"agreement": None, "kl": None, "sqnr": 12.34}
+    assert "12.3 dB" in page(told) and "no class axis" in page(told) and "same class" not in page(told)
+    assert dict(verdict_rows(told["verdict"]))["on noise"] == "SQNR 12.3 dB (no class axis)"
 
 
 def test_the_head_tells_whether_anything_was_read(run: Path, bare: Path) -> None:
@@ -236,6 +262,7 @@ def test_pictures_without_two_axes_have_a_sheet(run: Path, tmp_path: Path) -> No
         ("plan.json", '{"layers": 3}', "expected an object, found 3"),
         ("layers.json", "1", "holds a int"),
         ("frontier.json", '[{"bytes": 1}]', "is no frontier"),
+        ("verification.json", '{"file": "model.onnx"}', "of another version: remove it, then verify the files again"),
     ),
 )
 def test_damaged_files_are_told(bare: Path, name: str, text: str, message: str) -> None:

@@ -48,6 +48,28 @@ def test_a_batch_comes_near_to_the_stored_statistics(network: str) -> None:
     assert after < 0.5 * before
 
 
+def hooks(model: nn.Module) -> int:
+    return sum(len(each._forward_pre_hooks) for each in model.modules())
+
+
+def test_inputs_are_moved_while_a_batch_is_made_and_no_hook_stays() -> None:
+    during: list[int] = []
+    source: Latent
+
+    def listen(event: Event) -> None:
+        if event.name.startswith("pictures"):
+            during.append(hooks(source.teacher))
+
+    model, task = build("cifar_resnet")
+    for swing in (True, False):
+        source = Latent(model, task, Ctx.create(0, on_event=listen), dataclasses.replace(QUICK, steps=1, swing=swing))
+        assert hooks(source.teacher) == 0
+        source.sample(8)
+        assert hooks(source.teacher) == hooks(model) == 0
+    strided = sum(isinstance(each, nn.Conv2d) and max(each.stride) > 1 for each in model.modules())
+    assert during[0] - during[1] == strided > 0
+
+
 def test_latents_and_generators_learn_both() -> None:
     for still in ({"rate": 0.0}, {"generator_rate": 0.0}):
         _, source = made(dataclasses.replace(QUICK, steps=20, swing=False, **still))

@@ -47,6 +47,16 @@ def test_moments_agree_with_float64_and_so_does_their_slope(shape: tuple[int, ..
     torch.testing.assert_close(x.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
 
 
+def test_a_small_variance_far_from_zero_does_not_cancel() -> None:
+    x = (30 + 0.01 * normal(4, 3, 32, 32)).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    var, expected = moments(x)[1], exact.flatten(2).var(2, correction=0)
+    torch.testing.assert_close(var.double(), expected, rtol=1e-4, atol=0)
+    var.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=1e-3, atol=1e-3 * float(exact.grad.abs().max()))
+
+
 def test_statistics_of_a_batch_from_those_of_its_inputs() -> None:
     x = normal(4, 3, 5, 5) + normal(4, 3, 1, 1, seed=1)
     mean, var = over_batch(moments(x))

@@ -93,7 +93,7 @@ def test_the_best_outlives_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(Killed):
         descend([float(each) for each in distances], 40, ctx, kill_at=12)
     unseen = [0.0 if number < 10 else each for number, each in enumerate(distances)]  # of looks before the checkpoint nothing is asked anew
-    x, held, losses = descend(unseen, 40, ctx)
+    x, held, losses = descend(unseen, 40, dataclasses.replace(Ctx.create(0), folder=tmp_path))
     assert (x, held.at, held.least, len(losses)) == (3.0, 3, 3, 13)
 
 
