@@ -67,10 +67,8 @@ def quantize(
         folder: for checkpoints of what is optimised: after a kill the same call goes on from the last one, to the same student. They are
             removed once the student is made. None: no file is written.
 
-    Processes that have called ``datafree.parallel.join`` make the student together, and each returns the same one.
-
-    Raises:
-        DatafreeError: see ``datafree.errors``; the message says what to do.
+    Processes that have called ``datafree.parallel.join`` make the student together, and each returns the same one. Raises DatafreeError,
+    see ``datafree.errors``; the message says what to do.
     """
     target = Target() if target is None else target
     chosen = find_method(method)() if isinstance(method, str) else method

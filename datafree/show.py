@@ -15,6 +15,7 @@ from torch import nn
 from datafree.bits.cost import float_bytes
 from datafree.context import Event
 from datafree.graph.chains import pairs, roles
+from datafree.graph.coverage import Coverage, coverage
 from datafree.graph.flow import Flow
 from datafree.measure.accuracy import Accuracy, Comparison
 from datafree.method import Method, choices
@@ -62,12 +63,11 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class NetworkReport:
-    """What ``inspect`` has found: ``floats`` are the layers that stay in float, with the reason."""
+    """What ``inspect`` has found; ``coverage`` says what is quantized if every layer is, and what stays in float for which reason."""
 
     network: str
     layers: tuple[LayerRow, ...]
-    floats: dict[str, str]
-    parameters: int
+    coverage: Coverage
     float_bytes: int
 
 
@@ -85,7 +85,7 @@ def network_report(name: str, flow: Flow, model: nn.Module) -> NetworkReport:
         count = sum(parameter.numel() for parameter in model.get_submodule(layer.name).parameters(recurse=False))
         about = (layer.kind, layer.weight_shape, layer.norm, layer.activation, role, partners.get(layer.name))
         rows.append(LayerRow(layer.name, *about, count, 4 * count))
-    return NetworkReport(name, tuple(rows), dict(flow.floats), sum(each.numel() for each in model.parameters()), float_bytes(model))
+    return NetworkReport(name, tuple(rows), coverage(flow, model, flow.layers), float_bytes(model))
 
 
 def show_network(console: Console, report: NetworkReport) -> None:
@@ -99,11 +99,10 @@ def show_network(console: Console, report: NetworkReport) -> None:
         behind = ", ".join(filter(None, ("norm" if row.norm else None, row.activation)))
         narrow.add_row(f"{row.name}\n{role}", f"{row.kind} {shape}\n{behind}", "\n".join(sizes))
     console.print(_fitting(console, wide, narrow))
-    for layer, reason in report.floats.items():
-        console.print(f"{layer} stays in float: {reason}")
-    left = f", {len(report.floats)} that cannot" if report.floats else ""
-    console.print(f"{report.network}: {len(report.layers)} layers that can be quantized{left}")
-    console.print(f"{report.parameters:,} parameters, {report.float_bytes:,} bytes in float")
+    for weight, reason in report.coverage.floats.items():
+        console.print(f"{weight} stays in float: {reason}")
+    console.print(f"{report.network}: {len(report.layers)} layers that can be quantized, {coverage_text(asdict(report.coverage))}")
+    console.print(f"{report.coverage.parameters:,} parameters, {report.float_bytes:,} bytes in float")
 
 
 # ---------------------------------------------------------------- the methods
@@ -155,11 +154,21 @@ def run_rows(name: str, result: Result, method: Method) -> Rows:
     yield "bits", _bits(result)
     yield "protocol", str(run["protocol"])
     yield "size", f"{number(run, 'float_bytes'):,} -> {number(run, 'packed_bytes'):,} bytes packed, {ratio(run)} smaller"
+    covered = run["coverage"]
+    assert isinstance(covered, dict)
+    yield "quantized", coverage_text(covered)
     yield "time", f"{number(run, 'seconds'):.2f} s"
     fidelity = run["fidelity"]
     assert isinstance(fidelity, dict)
     yield "fidelity on noise", f"{fidelity_text(fidelity)}, {fidelity['n']} inputs"
     yield "estimated top-1 drop", estimate_text(run.get("estimate"))
+
+
+def coverage_text(covered: Mapping[str, object]) -> str:
+    """How much of a network is quantized, from the dictionary of a ``Coverage``."""
+    parameters = 100 * number(covered, "quantized_parameters") / max(1, number(covered, "parameters"))
+    macs = 100 * number(covered, "quantized_macs") / max(1, number(covered, "macs"))
+    return f"{parameters:.1f} % of the parameters, {macs:.1f} % of the multiply-adds"
 
 
 def note_rows(result: Result) -> Rows:

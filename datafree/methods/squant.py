@@ -63,14 +63,14 @@ class SQuant(Method):
 
 
 def _range(student: nn.Module, teacher: nn.Module, flow: Flow, task: Task, ctx: Ctx) -> None:
-    """Set the activation ranges of ``student`` from uniform noise, black to white, that runs through the float network."""
+    """Set the activation ranges of ``student`` from uniform noise that runs through the float network."""
     points = quantizers(student)
     if not points:
         return
     probe = insert(teacher, Plan({}, {point: quantizer.spec for point, quantizer in points.items()}))
     seen = {point: _Spread() for point in points}
     batch = inputs_within(flow, _BATCH)
-    noise = (task.normalise(torch.rand(batch, *task.shape, generator=ctx.generator, device=ctx.device)) for _ in range(_NOISE // _BATCH))
+    noise = (task.scaled(torch.rand(batch, *task.shape, generator=ctx.generator, device=ctx.device)) for _ in range(_NOISE // _BATCH))
     watch(probe, noise, {point: each.watch for point, each in seen.items()}, task.run)
     at_first = {f"{layer.name}:input" for layer in flow.layers.values() if layer.first}
     for point, quantizer in points.items():

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datafree.synth.prior import pictures
+from datafree.synth.prior import patterns
 from datafree.task import Task
 
 Band = tuple[Tensor, Tensor]  # least and largest, of each logarithmic energy
@@ -68,8 +68,11 @@ def masks(axes: int, device: torch.device) -> Tensor:
 
 
 def natural_band(task: Task, generator: torch.Generator) -> Band:
-    """Between which values nine of ten procedural pictures have their :func:`texture`: theirs falls with frequency as nature's does."""
-    found = texture(pictures("mix", _NATURAL, task, generator))
+    """Between which values nine of ten procedural pictures have their :func:`texture`: theirs falls with frequency as nature's does.
+
+    Of standardised pictures, as pixels are while they are optimised: the level is no part of a texture.
+    """
+    found = texture(patterns("mix", _NATURAL, task.shape, generator))
     return found.quantile(_OUTSIDE, 0), found.quantile(1 - _OUTSIDE, 0)
 
 

@@ -62,12 +62,12 @@ def test_maps_of_classes_are_compared_along_them() -> None:
     expected = (inputs.argmax(1) == other.argmax(1)).float().mean()
     divergence = (inputs.softmax(1) * (inputs.log_softmax(1) - other.log_softmax(1))).sum(1).mean()
     assert found.agreement == pytest.approx(100 * float(expected)) and found.kl == pytest.approx(float(divergence))
-    assert 0 < found.sqnr < 10
+    assert 0 < found.sqnr < 12
 
 
 def test_maps_whose_channels_are_no_classes_are_not_compared_by_class() -> None:
     found = fidelity(nn.Identity(), nn.Hardtanh(-0.5, 0.5), TASK, seeded(), 16)
-    assert (found.agreement, found.kl) == (None, None) and 0 < found.sqnr < 10
+    assert (found.agreement, found.kl) == (None, None) and 0 < found.sqnr < 12
     assert fidelity_text(asdict(found)) == f"SQNR {found.sqnr:.1f} dB (no class axis)"
 
 
@@ -115,8 +115,8 @@ def test_the_class_axis(classes: int | tuple[str, ...] | None, shape: tuple[int,
 
 
 def test_single_channel_leaves_no_choice_to_agree_on() -> None:
-    found = fidelity(nn.Identity(), nn.ReLU(), Task(shape=(1, 4, 4)), seeded(), 8)
-    assert found.agreement is None and found.kl is None and 0 < found.sqnr < 10
+    found = fidelity(nn.Identity(), nn.Hardtanh(0.0, 0.5), Task(shape=(1, 4, 4)), seeded(), 8)
+    assert found.agreement is None and found.kl is None and 0 < found.sqnr < 12
 
 
 def test_teacher_that_answers_zero_has_no_signal() -> None:

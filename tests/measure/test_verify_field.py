@@ -86,7 +86,8 @@ def test_students_of_networks_in_other_dtypes(dtype: torch.dtype, tmp_path: Path
         (lambda x: x, 8, True),  # (n, classes, height, width)
         (lambda x: x.flatten(2).permute(2, 0, 1), 8, True),  # (steps, n, classes)
         (lambda x: x.flatten(2).permute(2, 0, 1), None, False),
-        (lambda x: x[:, :, :1].flatten(2).repeat(1, 1, 2), 8, False),  # two axes of 8
+        (lambda x: x[:, :, :1].flatten(2).repeat(1, 1, 2), 8, True),  # (n, classes, 8): the first beside the batch
+        (lambda x: x[:, :7], 8, False),
     ],
 )
 def test_classes_are_compared_only_where_there_are_some(answer: object, classes: int | None, same: bool, tmp_path: Path) -> None:
@@ -142,10 +143,10 @@ def test_fastest_ends_with_3_where_the_file_is_another_networks(tmp_path: Path, 
         assert cli.main(["quantize", f"{net}:net", "--method", "rtn", "--weight-bits", bits, "--act-bits", "8", "--out", run]) == 0
     monkeypatch.setattr("datafree.measure.fastest.fastest_style", lambda *args: Style(float_kernels=True))
     file = str(tmp_path / "one" / "fast.onnx")
-    assert cli.main(["export", runs[0], "--fastest", "--out", file, "--allow-fallback"]) == 0
+    assert cli.main(["export", runs[0], "--net", f"{net}:net", "--fastest", "--out", file, "--allow-fallback"]) == 0
     (kept,) = json.loads((tmp_path / "one" / "verification.json").read_text()).values()
     assert kept["float_kernels"] and kept["outputs"]["output"]["sqnr"] > 20
-    assert cli.main(["verify", file, "--against", runs[1], "--allow-fallback"]) == 3
+    assert cli.main(["verify", file, "--against", runs[1], "--net", f"{net}:net", "--allow-fallback"]) == 3
 
 
 def test_the_default_precision_of_openvino_is_measured(made: nn.Module, prepared: Prepared, tmp_path: Path) -> None:

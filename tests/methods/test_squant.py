@@ -110,7 +110,7 @@ def test_ranges_follow_from_uniform_noise(bits: int) -> None:
     for name in ("relu", "leaky"):
         model.get_submodule(name).register_forward_hook(lambda module, args, result, name=name: behind.update({name: result}))
     with torch.no_grad():
-        model(task.normalise(noise))
+        model(task.scaled(noise))
     points = quantizers(student)
     source = points["first:input"]
     assert source.spec.bits == 8 and float(source.scale) == pytest.approx(4 / 255) and float(source.zero) in (127, 128)  # pixels: -2 to 2
@@ -145,5 +145,5 @@ def test_a_network_that_overflows_on_noise_is_refused() -> None:
     first = nn.Conv2d(4, 2, 1)
     model = nn.Sequential(first, nn.ReLU(), nn.Conv2d(2, 1, 1)).eval()
     nn.init.constant_(first.weight, 3e38)
-    with pytest.raises(NetworkError, match="2:input: uniform noise gives NaN or infinity there"):
+    with pytest.raises(NetworkError, match="NaN or infinity"):
         quantize(model, Task(shape=(4, 4, 4)), method="squant", target=Target(8, 8, protocol="paper"))

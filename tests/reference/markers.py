@@ -24,7 +24,7 @@ def run(model: onnx.ModelProto, weights: Mapping[str, Integers], grids: Mapping[
     class Quantized(OpRun):
         op_domain = "datafree"
 
-        def _run(self, value: Array, point: str = "") -> tuple[Array]:
+        def _run(self, value: Array, point: str = "", call: int = 1) -> tuple[Array]:
             grid = grids[point]
             codes = np.clip(np.rint(value.astype(np.float64) / grid.scale) + grid.zero, grid.low, grid.high)
             return ((grid.scale * (codes - grid.zero)).astype(np.float32),)
