@@ -68,10 +68,19 @@ def look(teacher: nn.Module, student: nn.Module, flow: Flow, inputs: Tensor, ctx
     return seen
 
 
-def regress(teacher: nn.Module, student: nn.Module, flow: Flow, seen: Mapping[str, Seen], inputs: Tensor, power: float = 1.0) -> None:
+def regress(
+    teacher: nn.Module,
+    student: nn.Module,
+    flow: Flow,
+    seen: Mapping[str, Seen],
+    inputs: Tensor,
+    power: float = 1.0,
+    shares: Mapping[str, float] | None = None,
+) -> None:
     """Correct the norms or layers ``seen`` of ``student``, in eval mode, while it runs on the very ``inputs``.
 
-    Norms get other statistics, layers other scales and biases.
+    Norms get other statistics, layers other scales and biases. ``shares``: how much of that a layer takes, from 0 to 1, all of it where
+    nothing is said: its scale is multiplied by a to the power of its share.
     """
     stored: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -84,7 +93,7 @@ def regress(teacher: nn.Module, student: nn.Module, flow: Flow, seen: Mapping[st
 
     def rescale(layer: Layer, result: Tensor) -> Tensor:
         before = seen[layer.name]
-        a, b = regression(before.values, _at(_channels_second(result, layer), before.places), power)
+        a, b = regression(before.values, _at(_channels_second(result, layer), before.places), power, (shares or {}).get(layer.name, 1.0))
         scale_layer(student, layer, a)
         shift_output(student, layer, -b, None)
         shape = (-1,) if layer.kind == "linear" else (-1, *(1,) * len(layer.kernel))
@@ -102,15 +111,15 @@ def regress(teacher: nn.Module, student: nn.Module, flow: Flow, seen: Mapping[st
         set_statistics(_norm_of(student, name), mu, sigma)
 
 
-def regression(t: Tensor, s: Tensor, power: float = 1.0) -> tuple[Tensor, Tensor]:
-    """a and b of t ~ a s + b for each channel, (channels,) each; t and s: (samples, channels)."""
+def regression(t: Tensor, s: Tensor, power: float = 1.0, share: float = 1.0) -> tuple[Tensor, Tensor]:
+    """a and b of t ~ a s + b for each channel, (channels,) each; t and s: (samples, channels). a counts to the power of ``share``."""
     t_mean, s_mean = t.mean(0), s.mean(0)
     t_var, s_var = t.var(0, correction=0), s.var(0, correction=0)
     cov = ((t - t_mean) * (s - s_mean)).mean(0)
     spread = (t_var / s_var).sqrt()
     correlation = cov / (t_var * s_var).sqrt()
     a = torch.where(correlation > UNRELATED, spread * correlation**power, spread)
-    a = torch.where(torch.isfinite(a) & (a > 0), a, 1).clamp(SMALLEST, LARGEST)
+    a = torch.where(torch.isfinite(a) & (a > 0), a, 1).clamp(SMALLEST, LARGEST) ** share
     return a, t_mean - a * s_mean
 
 

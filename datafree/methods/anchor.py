@@ -7,7 +7,7 @@ import copy
 import functools
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -98,7 +98,9 @@ class Anchor(Method):
         if inputs is None:
             return student
         see = functools.partial(self._in_turn, trust) if self.own_inputs else look
-        return self._recalibrate(teacher, student, flow, see(teacher, student, flow, inputs, ctx), task, inputs, ctx)
+        seen, shares = see(teacher, student, flow, inputs, ctx), {name: each.share for name, each in trust.items()}
+        correct = functools.partial(regress, teacher, flow=flow, seen=seen, inputs=inputs, shares=shares)
+        return self._recalibrate(teacher, student, correct, task, inputs, ctx)
 
     def _later(self, layer: Layer) -> bool:
         """Whether the layer is rounded only once those before it are."""
@@ -175,7 +177,7 @@ class Anchor(Method):
             set_statistics(norm, before.mu, before.sigma * ratio)
 
     def _recalibrate(
-        self, teacher: nn.Module, student: nn.Module, flow: Flow, seen: Mapping[str, Seen], task: Task, inputs: Tensor, ctx: Ctx
+        self, teacher: nn.Module, student: nn.Module, correct: Callable[..., None], task: Task, inputs: Tensor, ctx: Ctx
     ) -> nn.Module:
         """The student with its norms corrected, or its layers if there is none; ``auto`` keeps what is nearest on fresh pictures."""
         powers = {"none": (), "spread": (0.0,), "regression": (1.0,), "auto": (0.0, 0.5, 1.0)}[self.recalibration]
@@ -184,7 +186,7 @@ class Anchor(Method):
         wanted, best, least = answers(teacher, task, fresh), student, math.inf
         for step, power in enumerate(powers, 1):
             candidate = copy.deepcopy(student)
-            regress(teacher, candidate, flow, seen, inputs, power)
+            correct(candidate, power=power)
             lost = distance(wanted, answers(candidate, task, fresh)) if len(powers) > 1 else 0.0
             if lost < least:
                 best, least = candidate, lost

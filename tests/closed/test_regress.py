@@ -12,7 +12,7 @@ from datafree.context import Ctx
 from datafree.graph.flow import flow
 from datafree.graph.fold import norm_vectors
 from datafree.plan import LayerPlan, Plan, QSpec
-from datafree.quant.insert import codes_of, insert
+from datafree.quant.insert import codes_of, insert, weight_quantizer
 from networks import NAMES, build
 
 
@@ -26,6 +26,30 @@ def test_regression_is_least_squares() -> None:
     a, b = regression(t, s)
     best = torch.linalg.lstsq(torch.stack([s[:, 1], torch.ones(5000)], 1), t[:, 1:2]).solution.flatten()
     assert torch.allclose(torch.stack([a[1], b[1]]), best, atol=1e-4)
+
+
+def test_a_scale_is_corrected_as_far_as_its_share_goes_and_the_mean_wholly() -> None:
+    s = torch.randn(5000, 2, generator=generator())
+    t = torch.tensor([4.0, 0.25]) * s + 3
+    for share, expected in ((0.0, [1.0, 1.0]), (0.5, [2.0, 0.5]), (1.0, [4.0, 0.25])):
+        a, b = regression(t, s, share=share)
+        assert a.tolist() == pytest.approx(expected, rel=1e-3)
+        assert torch.allclose(a * s.mean(0) + b, t.mean(0), atol=1e-4)
+
+
+def test_layers_take_their_share_of_the_correction() -> None:
+    """Every output doubled: the scales of the layers come back by a half, by 2 to the power -share."""
+    teacher, task = build("without_norm")
+    inputs = torch.randn(64, *task.shape, generator=generator())
+    read = flow(teacher, inputs[:2])
+    first = next(iter(read.layers.values()))
+    student = insert(teacher, Plan({first.name: LayerPlan(QSpec(8, axis=first.out_axis))}))
+    before = weight_quantizer(student.get_submodule(first.name)).scale.clone()
+    scale_layer(student, first, torch.full((first.weight_shape[first.out_axis],), 2.0))
+    seen = look(teacher, student, read, inputs, Ctx(torch.device("cpu"), generator()))
+    regress(teacher, student, read, seen, inputs, power=0.0, shares={first.name: 0.5})
+    after = weight_quantizer(student.get_submodule(first.name)).scale
+    assert torch.allclose(after / before, torch.full_like(before, 2**0.5), rtol=0.02)
 
 
 def test_unrelated_channels_match_the_spread_and_dead_ones_stay() -> None:
