@@ -34,8 +34,8 @@ class SQuant(Method):
     Reconstructed: the algorithm follows a reading of the authors' program, not of the whole paper.
 
     Differs: bits and quantized activations follow the protocol of the target. Widths other than 4, 6 and 8 interpolate the
-    authors' ranges of 12, 14 and 25 standard deviations. The uniform noise of the authors, 0 to 1, is scaled to the inputs of the task. Where
-    the input of a first layer is quantized, which the authors leave in float, its range is that of pictures.
+    authors' ranges of 12, 14 and 25 standard deviations. The authors' uniform noise, 0 to 1, is scaled to the inputs of the task. Where the
+    input of a first layer is quantized, which the authors leave in float, its range is that of pictures.
     """
 
     weight_range: Literal["minmax", "mse"] = option("minmax", "range of the weights: min-max as published, or least squared error")
