@@ -228,7 +228,7 @@ def test_inspect(capsys: Output) -> None:
 def test_inspect_tells_layers_that_stay_in_float(capsys: Output, place: Path) -> None:
     (place / "two.py").write_text(NETWORK.replace("return nn", "return Spare(nn").replace(".eval(), Task", ").eval(), Task") + SPARE)
     assert "spare stays in float: its forward was not called" in told(capsys, "inspect", "two.py:net")
-    assert as_json(capsys, "inspect", "two.py:net")["floats"] == {"spare": "its forward was not called"}
+    assert as_json(capsys, "inspect", "two.py:net")["coverage"]["floats"] == {"spare": "its forward was not called"}
 
 
 SPARE = """
