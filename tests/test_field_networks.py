@@ -135,6 +135,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Task]] = {
     "by hand": (by_hand, task()),
     "reader": (Reader, task((1, 16, 40))),
     "wave": (wave, task((1, 256))),
+    "features": (lambda: nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10)), task((12,))),
     "half": (lambda: plain().half(), task()),
 }
 
