@@ -1,15 +1,16 @@
 """Does the network expect what its task says? The first batch norm remembers how large its inputs were."""
 
+import math
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from datafree.closed.moments import Moments
 from datafree.graph.flow import Flow
 from datafree.graph.fold import norm_vectors
 from datafree.graph.memory import inputs_within
-from datafree.graph.taps import batch_moments
+from datafree.graph.taps import batch_moments, norm_input
 from datafree.synth.prior import pictures
 from datafree.task import Task
 
@@ -38,9 +39,9 @@ def input_warning(model: nn.Module, flow: Flow, task: Task) -> str | None:
     ratio = _ratio(model, first.norm, task, count)
     if 1 / _FACTOR < ratio < _FACTOR:
         return None
-    better = [(abs(torch.tensor(_ratio(model, first.norm, other, count)).log().item()), told) for told, other in _alternatives(task)]
-    distance, told = min(better, default=(torch.inf, ""))
-    hint = f"; the network would fit {told}" if distance < torch.tensor(_FACTOR).log().item() / 2 else ""
+    better = [(abs(math.log(max(_ratio(model, first.norm, other, count), 1e-9))), told) for told, other in _alternatives(task)]
+    distance, told = min(better, default=(math.inf, ""))
+    hint = f"; the network would fit {told}" if distance < math.log(_FACTOR) / 2 else ""
     return (
         f"the task contradicts the network: with mean {_listed(task.mean)} and std {_listed(task.std)}, what enters {first.norm} spreads "
         f"{ratio:.2g} times as far as the statistics that training left there{hint}. Check Task.mean and Task.std (--mean, --std)"
@@ -56,7 +57,11 @@ def _alternatives(task: Task) -> list[tuple[str, Task]]:
 def _ratio(model: nn.Module, norm: str, task: Task, count: int) -> float:
     """The median over the channels of the spread that enters the norm, over the stored one."""
     seen: list[Moments] = []
-    handle = model.get_submodule(norm).register_forward_pre_hook(lambda module, args: seen.append(Moments(*batch_moments(args[0]))))
+
+    def look(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        seen.append(Moments(*batch_moments(norm_input(args, kwargs))))
+
+    handle = model.get_submodule(norm).register_forward_pre_hook(look, with_kwargs=True)
     try:
         task.run(model, pictures("leaves", count, task, torch.Generator(next(model.parameters()).device).manual_seed(0)))
     finally:

@@ -78,9 +78,10 @@ class Keywords(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b, self.fc = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 16, 3, padding="same", dilation=2), nn.Linear(16, 10)
+        self.norm = nn.BatchNorm2d(16)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.b(input=F.relu(self.a(input=x))))
+        x = F.relu(self.b(input=F.relu(self.norm(input=self.a(input=x)))))
         return self.fc(input=x.mean((2, 3)))
 
 

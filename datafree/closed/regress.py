@@ -8,6 +8,7 @@ stand for signal. Which serves a network better differs.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from datafree.closed.absorb import scale_layer, set_statistics, shift_output
 from datafree.context import Ctx
 from datafree.graph.flow import Flow, Layer
 from datafree.graph.fold import BatchNorm, norm_vectors
-from datafree.graph.taps import anchored
+from datafree.graph.taps import anchored, norm_input
 from datafree.quant.insert import quantized_layers, weight_quantizer
 from datafree.task import Task
 
@@ -45,8 +46,8 @@ def look(teacher: nn.Module, student: nn.Module, flow: Flow, inputs: Tensor, ctx
     """
     seen: dict[str, Seen] = {}
 
-    def enter(name: str, x: Tensor) -> None:
-        seen[name] = _look(x, ctx.generator)
+    def enter(name: str, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        seen[name] = _look(norm_input(args, kwargs), ctx.generator)
 
     def leave(layer: Layer, result: Tensor) -> None:
         seen[layer.name] = _look(_channels_second(result, layer), ctx.generator)
@@ -56,7 +57,7 @@ def look(teacher: nn.Module, student: nn.Module, flow: Flow, inputs: Tensor, ctx
     called = [name for name in norms if len(flow.calls_of.get(name, ())) == 1]
     for name in called:
         watched = teacher.get_submodule(name)
-        handles.append(watched.register_forward_pre_hook(lambda module, args, name=name: enter(name, args[0])))
+        handles.append(watched.register_forward_pre_hook(partial(enter, name), with_kwargs=True))
     if not called:
         for name, module in quantized_layers(student).items():
             layer = flow.layers.get(name)
@@ -84,9 +85,9 @@ def regress(
     """
     stored: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def norm(name: str, module: BatchNorm, x: Tensor) -> None:
+    def norm(name: str, module: BatchNorm, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         before = seen[name]
-        a, b = regression(before.values, _at(x, before.places), power)
+        a, b = regression(before.values, _at(norm_input(args, kwargs), before.places), power)
         original = norm_vectors(_norm_of(teacher, name))
         stored[name] = ((original.mu - b) / a, original.sigma / a)
         module.running_mean, module.running_var = (before.mean - b) / a, ((before.var + module.eps) / a.square() - module.eps).clamp(min=0)
@@ -103,7 +104,7 @@ def regress(
     for name in seen:
         module, layer = student.get_submodule(name), flow.layers.get(name)
         if layer is None:
-            handles.append(module.register_forward_pre_hook(lambda module, args, name=name: norm(name, module, args[0])))
+            handles.append(module.register_forward_pre_hook(partial(norm, name), with_kwargs=True))
         else:  # before its quantizer
             handles.append(module.register_forward_hook(lambda module, args, result, layer=layer: rescale(layer, result), prepend=True))
     _pass(student, inputs, handles)

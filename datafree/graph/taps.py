@@ -52,13 +52,13 @@ def anchored_alike(teacher: nn.Module, student: nn.Module) -> Iterator[None]:
         moves.clear()
 
     def bring(norm: _BatchNorm, name: str) -> "torch.utils.hooks.RemovableHandle":
-        def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def look(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             mean, variance = stored[norm]
             assert mean is not None and variance is not None
-            at, found = norm.running_mean, norm.running_var = batch_moments(args[0])
+            at, found = norm.running_mean, norm.running_var = batch_moments(norm_input(args, kwargs))
             moves.setdefault(name, []).append((mean, at, ((found + norm.eps) / (variance + norm.eps)).sqrt()))
 
-        return norm.register_forward_pre_hook(look)
+        return norm.register_forward_pre_hook(look, with_kwargs=True)
 
     def follow(norm: _BatchNorm, name: str) -> "torch.utils.hooks.RemovableHandle":
         def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -85,6 +85,11 @@ def anchored_alike(teacher: nn.Module, student: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def norm_input(args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> Tensor:
+    """What a batch norm is called with, by place or by name: for hooks with keywords."""
+    return args[0] if args else kwargs["input"]
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from datafree.errors import NetworkError
+from datafree.graph.taps import norm_input
 
 Spread = Literal["deviation", "variance"]
 Share = Literal["channel", "layer"]
@@ -52,7 +53,7 @@ def norm_moments(model: nn.Module) -> Iterator[dict[str, list[Moments]]]:
 
     def watch(name: str) -> "torch.utils.hooks.RemovableHandle":
         def look(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            seen.setdefault(name, []).append(moments(args[0] if args else kwargs["input"]))
+            seen.setdefault(name, []).append(moments(norm_input(args, kwargs)))
 
         return model.get_submodule(name).register_forward_pre_hook(look, with_kwargs=True)
 
